@@ -1,0 +1,155 @@
+"""A prepared data set: batches that are a pure function of (manifest, seed, step), and where every sequence came from."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobillama.data.layout import Layout, SourceCount
+from mobillama.data.order import order
+from mobillama.data.prepare import DOCUMENT, FORMAT
+from mobillama.data.store import SequenceFile
+from mobillama.data.tokenizer import Tokenizer, load_tokenizer
+from mobillama.errors import CorruptDataError
+from mobillama.record.files import sha256_json
+from mobillama.record.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a sequence that belongs to one document: ``start``…``end`` within the sequence."""
+
+    start: int
+    end: int
+    document: int
+    file: str
+    line: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of a step: ids (n, sequence length), stored rows (n,) and source indices (n,)."""
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+
+def partition(batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
+    """Return the parts of a step's batch that a rank takes through the model, one micro-batch after another.
+
+    However a batch is divided, the parts of all ranks together are the batch, each sequence once.
+    """
+    first, last = (batch_size * r // world_size for r in (rank, rank + 1))
+    return [slice(start, min(start + micro_batch_size, last)) for start in range(first, last, micro_batch_size)]
+
+
+class Dataset:
+    """A directory that :func:`mobillama.data.prepare.prepare` wrote.
+
+    Raises:
+        UsageError: there is no data set at ``path``.
+        CorruptDataError: its manifest is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = read_manifest(path, FORMAT)
+        inputs = self.manifest["inputs"]
+        self.digest = sha256_json(self.manifest)
+        self.root = bytes.fromhex(self.manifest["root"])
+        self.prepared_seed: int = inputs["seed"]
+        self.sequence_length: int = inputs["sequence_length"]
+        self.vocab_size: int = inputs["vocab_size"]
+        self.size: int = self.manifest["train_sequences"]
+        self.source_names: list[str] = [source["name"] for source in self.manifest["sources"]]
+        counts = [SourceCount(s["name"], s["sequences"], s["holdout_sequences"]) for s in self.manifest["sources"]]
+        self.layout = Layout(bytes.fromhex(self.manifest["corpus_root"]), self.prepared_seed, counts)
+        self._chunks = [self._sequence_file(chunk) for chunk in self.manifest["chunks"]]
+        self._chunk_starts = np.cumsum([0] + [chunk["rows"] for chunk in self.manifest["chunks"]])
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids."""
+        return load_tokenizer(self.path / "tokenizer")
+
+    def rows_of_step(self, seed: int, step: int, batch_size: int) -> NDArray[np.int64]:
+        """Return the stored rows of step ``step`` (from 0), in order; epochs follow one another without a gap.
+
+        Epoch 0 of the prepared seed is the stored order itself; every other epoch and seed is
+        :func:`mobillama.data.order.order`.
+        """
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        stored = (positions < self.size) & (seed == self.prepared_seed)
+        rows = positions.copy()
+        if not stored.all():
+            rows[~stored] = order(self.root, seed, self.size, positions[~stored])
+        return rows
+
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
+        """Return the sequences of a step, or a ``part`` of them (a rank's share, a micro-batch).
+
+        Raises:
+            CorruptDataError: a sequence differs from what was prepared.
+        """
+        rows = self.rows_of_step(seed, step, batch_size)[part]
+        return Batch(self.read(rows), rows, self.layout.train_origin(rows)[0])
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return stored training sequences (n, sequence length), each checked against its hash."""
+        ids = np.empty((len(rows), self.sequence_length), dtype=np.int64)
+        chunk_of_row = np.searchsorted(self._chunk_starts, rows, side="right") - 1
+        for chunk in np.unique(chunk_of_row):
+            chosen = chunk_of_row == chunk
+            ids[chosen] = self._chunks[chunk].read(rows[chosen] - self._chunk_starts[chunk])
+        return ids
+
+    def holdout(self, source: str, limit: int = 0) -> NDArray[np.int64]:
+        """Return the first ``limit`` (0: all) held-out sequences of a source."""
+        entry = next(entry for entry in self.manifest["holdout"] if entry["source"] == source)
+        count = min(limit or entry["rows"], entry["rows"])
+        return self._sequence_file(entry).read(np.arange(count))
+
+    def spans(self, row: int) -> list[Span]:
+        """Return the documents that a stored training row is made of, in order."""
+        (source,), (sequence,) = self.layout.train_origin([row])
+        table = self._documents(self.source_names[source])
+        first, last = int(sequence) * self.sequence_length, (int(sequence) + 1) * self.sequence_length
+        begin = int(np.searchsorted(table["end"], first, side="right"))
+        end = int(np.searchsorted(table["end"], last, side="left"))
+        names = [file["name"] for file in self.manifest["inputs"]["sources"][source]["files"]]
+        spans = []
+        for number in range(begin, end + 1):
+            start = int(table["end"][number - 1]) if number else 0
+            entry = table[number]
+            spans.append(
+                Span(
+                    start=max(start - first, 0),
+                    end=min(int(entry["end"]), last) - first,
+                    document=number,
+                    file=names[entry["file"]],
+                    line=int(entry["line"]),
+                    digest=entry["digest"].tobytes().hex(),
+                )
+            )
+        return spans
+
+    @functools.cache  # noqa: B019 a data set lives as long as its process
+    def _documents(self, source: str) -> NDArray[np.void]:
+        path = self.path / "documents" / f"{source}.npy"
+        try:
+            table: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CorruptDataError(f"{path}: missing or damaged ({error}); prepare the data again") from None
+        if table.dtype != DOCUMENT:
+            raise CorruptDataError(f"{path}: not a table of documents; prepare the data again")
+        return table
+
+    def _sequence_file(self, entry: dict[str, Any]) -> SequenceFile:
+        return SequenceFile(self.path / entry["file"], entry["rows"], bytes.fromhex(entry["root"]))

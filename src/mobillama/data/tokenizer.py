@@ -1,0 +1,278 @@
+"""Tokenizers: text to ids and back, byte for byte.
+
+A sentencepiece ``.model`` is encoded by sentencepiece itself, the oracle for LLaMA's ids. It is exported beside as a
+``tokenizer.json`` that gives the same ids (transformers' own conversion orders merges by id, LLaMA orders them by score,
+and so differs on runs of spaces). What decodes a model reads only ``tokenizer.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.record.files import replaced_file, write_json
+
+MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "▁"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    path: Path
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without special tokens; text that spells one is ordinary text."""
+        ...
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for; special tokens stand for none."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model, encoded by sentencepiece."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.path = path
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise CorruptDataError(f"{path}: not a sentencepiece model; fetch it again") from None
+        self.vocab_size = self.processor.get_piece_size()
+        self.eos_id = self.processor.eos_id()
+        self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
+        if self.eos_id < 0:
+            raise UsageError(f"{path}: has no end-of-sequence piece, which must close every document")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return sentencepiece's ids of each text."""
+        return list(self.processor.encode(list(texts), num_threads=os.cpu_count() or 1))
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for."""
+        processor = self.processor
+        return [
+            b"" if processor.is_control(i) or processor.is_unknown(i) else _piece_bytes(processor.id_to_piece(i))
+            for i in range(self.vocab_size)
+        ]
+
+
+class JsonTokenizer:
+    """A Hugging Face ``tokenizer.json``: byte-level BPE, or LLaMA-type BPE with byte pieces."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.path = path
+        try:
+            self.backend = Backend.from_file(str(path))
+            self._description = json.loads(path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CorruptDataError(f"{path}: not a tokenizer.json ({error})") from None
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = self.backend.get_vocab_size()
+        self._specials = {t["id"] for t in self._description.get("added_tokens", []) if t.get("special")}
+        self.bos_id, eos_id = self._find_special("bos_token"), self._find_special("eos_token")
+        if eos_id is None:
+            raise UsageError(f"{path.with_name(CONFIG_FILE)}: names no eos_token, which must close every document")
+        self.eos_id = eos_id
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes each id stands for."""
+        pieces = [self.backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+        convert = _byte_level_bytes if '"ByteLevel"' in json.dumps(self._description.get("decoder")) else _piece_bytes
+        return [b"" if i in self._specials else convert(piece) for i, piece in enumerate(pieces)]
+
+    def _find_special(self, name: str) -> int | None:
+        config = self.path.with_name(CONFIG_FILE)
+        token = json.loads(config.read_text(encoding="utf-8")).get(name) if config.is_file() else None
+        if token is None and name == "eos_token":
+            token = next((t for t in ("</s>", "<|endoftext|>") if self.backend.token_to_id(t) is not None), None)
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self.backend.token_to_id(content)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a ``.model`` file, a ``.json`` file, or a directory that holds one (the sentencepiece model goes first).
+
+    Raises:
+        UsageError: there is no tokenizer at ``path``.
+        CorruptDataError: the file is damaged.
+    """
+    if path.is_dir():
+        found = [path / name for name in (MODEL_FILE, JSON_FILE) if (path / name).is_file()]
+        if not found:
+            raise UsageError(f"{path}: holds neither {MODEL_FILE} nor {JSON_FILE}")
+        path = found[0]
+    if not path.is_file():
+        raise UsageError(f"{path}: no tokenizer there; train one with 'mobillama tokenizer train'")
+    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Return a digest of what the ids mean: sha256 over every id's bytes and the special ids.
+
+    It is the same for a sentencepiece model and for the tokenizer.json exported from it.
+    """
+    digest = hashlib.sha256(f"{tokenizer.bos_id}/{tokenizer.eos_id}".encode())
+    for piece in tokenizer.token_bytes:
+        digest.update(len(piece).to_bytes(4, "little") + piece)
+    return digest.hexdigest()
+
+
+def token_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Return the number of bytes of each id (vocabulary,)."""
+    return np.array([len(piece) for piece in tokenizer.token_bytes], dtype=np.int64)
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Return the text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD."""
+    table = tokenizer.token_bytes
+    return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> SentencePieceTokenizer:
+    """Train a LLaMA-type BPE with byte fallback (sentencepiece) and write it to ``path``.
+
+    Digits are split, whitespace is kept as it is, ids 0, 1, 2 are unknown, begin and end. The same texts give the same
+    file.
+
+    Raises:
+        UsageError: the texts are too few for the vocabulary.
+    """
+    import sentencepiece
+
+    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    model = io.BytesIO()  # written here, since a file's name would become part of the model
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=65536,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split(") ")[-1].split("]")[-1].strip()
+        raise UsageError(f"vocab_size: no vocabulary of {vocab_size} can be made of these texts ({reason})") from None
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` (and ``tokenizer.model`` where there is one)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        shutil.copyfile(tokenizer.path, directory / MODEL_FILE)
+        write_json(directory / JSON_FILE, _fast_description(tokenizer))
+        names = {
+            "bos_token": tokenizer.processor.id_to_piece(tokenizer.bos_id) if tokenizer.bos_id is not None else None,
+            "eos_token": tokenizer.processor.id_to_piece(tokenizer.eos_id),
+            "unk_token": tokenizer.processor.id_to_piece(tokenizer.processor.unk_id()),
+        }
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        config["clean_up_tokenization_spaces"] = False
+        write_json(directory / CONFIG_FILE, config)
+        return
+    for name in (JSON_FILE, CONFIG_FILE):
+        given = tokenizer.path.with_name(name) if name == CONFIG_FILE else tokenizer.path
+        if given.is_file():
+            shutil.copyfile(given, directory / name)
+
+
+def _fast_description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    """Return the tokenizer.json of a LLaMA-type sentencepiece model: the same ids for every text.
+
+    sentencepiece merges the pair whose product has the best score, leftmost first; so merges are ranked by the score of
+    their product.
+
+    Raises:
+        UsageError: the model is of another type (unigram, or one that normalises text).
+    """
+    processor, size = tokenizer.processor, tokenizer.vocab_size
+    special = [i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)]
+    plain = [i for i in range(size) if i not in set(special) and not processor.is_byte(i)]
+    pieces = [processor.id_to_piece(i) for i in range(size)]
+    identity = processor.normalize("ﬁ Ａ  b") == "▁ﬁ▁Ａ▁▁b"
+    if not identity or any(processor.get_score(i) != int(processor.get_score(i)) for i in plain):
+        raise UsageError(f"{tokenizer.path}: not a LLaMA-type BPE model (it normalises text or is no BPE)")
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    ranked: list[tuple[float, int, str, str]] = []
+    for i in plain:
+        piece = pieces[i]
+        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        ranked += [
+            (-processor.get_score(i), i, left, right) for left, right in splits if left in vocab and right in vocab
+        ]
+    ranked.sort(key=lambda merge: merge[:2])
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+
+    merges = [(left, right) for _, _, left, right in ranked]
+    unknown = pieces[processor.unk_id()]
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i in special])
+    return dict(json.loads(backend.to_str()))
+
+
+def _piece_bytes(piece: str) -> bytes:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return GPT-2's letters for bytes: printable bytes stand for themselves, the others for U+0100 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    alphabet = _byte_level_alphabet()
+    return bytes(alphabet[letter] for letter in piece) if all(c in alphabet for c in piece) else piece.encode()

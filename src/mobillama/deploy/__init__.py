@@ -1,0 +1,1 @@
+"""Deployment: exports for other tools, each checked against the model it came from."""

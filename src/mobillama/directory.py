@@ -1,0 +1,126 @@
+"""The model directory: config.json, model.safetensors, tokenizer. Read and written without importing transformers.
+
+It is a complete Hugging Face directory: ``AutoModelForCausalLM`` loads it after ``import mobillama.hf``, or with
+``trust_remote_code=True`` through the stub that it carries. Weights are stored once; nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mobillama.data.tokenizer import Tokenizer, save_tokenizer
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.model.transformer import MobiLlama
+from mobillama.recipe import ModelConfig
+from mobillama.record.files import write_json, write_text
+
+MODEL_TYPE = "mobillama"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+STUB_FILE = "modeling_mobillama.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_mobillama.MobiLlamaConfig",
+    "AutoModelForCausalLM": "modeling_mobillama.MobiLlamaForCausalLM",
+}
+STUB = '''"""Loads MobiLlama from the installed package: pip install "mobillama[hf]"."""
+
+from mobillama.hf import MobiLlamaConfig, MobiLlamaForCausalLM
+
+__all__ = ["MobiLlamaConfig", "MobiLlamaForCausalLM"]
+'''
+
+
+def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the content of config.json: the model's shape under Hugging Face's names, and the special ids."""
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["MobiLlamaForCausalLM"],
+        "auto_map": AUTO_MAP,
+        **asdict(config),
+        **special,
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def save_model(directory: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None) -> None:
+    """Write a model directory (not atomically: callers write into a temporary one and rename it).
+
+    Args:
+        weights: the state dict of :class:`MobiLlama`; each tensor is stored once.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = next(iter(weights.values())).dtype
+    write_json(directory / CONFIG_FILE, config_json(config, tokenizer, dtype))
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+    write_json(directory / "generation_config.json", {"do_sample": True, **special})
+    write_text(directory / STUB_FILE, STUB)
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    if tokenizer:
+        save_tokenizer(tokenizer, directory)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Return the shape that a model directory states.
+
+    Raises:
+        UsageError: this is no directory of a MobiLlama model.
+        CorruptDataError: config.json is damaged.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptDataError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
+    if stated.get("model_type") != MODEL_TYPE:
+        raise UsageError(f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'")
+    names = {item.name for item in fields(ModelConfig)}
+    return ModelConfig(**{name: value for name, value in stated.items() if name in names})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        CorruptDataError: it is missing, truncated or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CorruptDataError(f"{path}: missing; restore it from a copy") from None
+    except (SafetensorError, OSError) as error:
+        raise CorruptDataError(f"{path}: damaged or truncated ({error}); restore it from a copy") from None
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> MobiLlama:
+    """Return the model of a directory, in evaluation mode.
+
+    Args:
+        dtype: type of the weights; absent: as stored.
+
+    Raises:
+        UsageError: this is no directory of a MobiLlama model.
+        CorruptDataError: its weights are damaged or do not fit its config.
+    """
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = MobiLlama(config)
+    weights = read_weights(directory / WEIGHTS_FILE)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CorruptDataError(f"{directory / WEIGHTS_FILE}: does not fit {CONFIG_FILE}: {reason[:300]}") from None
+    return model.to(device=device, dtype=dtype).eval()

@@ -1,0 +1,1 @@
+"""Engines: decoding a model token by token behind one small interface."""

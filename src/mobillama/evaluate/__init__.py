@@ -1,0 +1,1 @@
+"""Evaluation: what a model is worth, beside what simpler methods reach on the same bytes."""

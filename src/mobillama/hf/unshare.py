@@ -1,0 +1,43 @@
+"""The unshared twin: the same function as a plain Llama that stores the shared weights once per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mobillama.recipe import ModelConfig
+
+
+def unshare_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return Llama's state dict: ``model.ffns.G.*`` copied to ``model.layers.I.mlp.*`` of every layer I that uses it."""
+    twin = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    for index, (layer, ffn) in enumerate(config.layer_weights):
+        for ours, theirs in ((f"model.layers.{layer}.", ""), (f"model.ffns.{ffn}.", "mlp.")):
+            part = {name.removeprefix(ours): tensor for name, tensor in weights.items() if name.startswith(ours)}
+            twin |= {f"model.layers.{index}.{theirs}{name}": tensor for name, tensor in part.items()}
+    return twin
+
+
+def unshare(weights: dict[str, Tensor], config: ModelConfig) -> LlamaForCausalLM:
+    """Return stock ``LlamaForCausalLM`` with the weights of a MobiLlama state dict; its logits are equal."""
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.key_value_heads,
+        head_dim=config.attention_head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    dtype = weights["lm_head.weight"].dtype
+    twin: LlamaForCausalLM = LlamaForCausalLM._from_config(llama, dtype=dtype)
+    with torch.no_grad():
+        twin.load_state_dict(unshare_weights(weights, config))
+    return twin.eval()

@@ -1,0 +1,26 @@
+"""A matrix whose gradient adds up in the weight's own precision however often it is used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T`` without bias; the weight is cast to the compute type anew at each use.
+
+    A float32 weight that serves 22 layers receives 22 gradients. Cast per use, each is cast back to float32 before
+    autograd adds it. Autocast's weight cache, or a bfloat16 parameter, would add them in bfloat16, whose 8 bits lose
+    what one layer of 22 contributes.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in_features) to (…, out_features) in x's type, or in autocast's where it is on."""
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype))

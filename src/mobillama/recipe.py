@@ -1,0 +1,249 @@
+"""Recipes: every setting of a model, a data preparation and a pre-training run, typed and explained.
+
+The text under each field is its ``--help``. Relative paths start at the working directory. Files are read and overrides
+applied in :mod:`mobillama.config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, Optional
+
+from mobillama.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder. The defaults are the paper's MobiLlama 0.5B; names are those of Hugging Face configs."""
+
+    vocab_size: int = 32000
+    """Number of token ids; must equal the tokenizer's."""
+    hidden_size: int = 2048
+    """Width h of the residual stream."""
+    intermediate_size: int = 5632
+    """Inner width I of a feed-forward network."""
+    num_hidden_layers: int = 22
+    """Number L of layers that a token passes."""
+    num_attention_heads: int = 32
+    """Number of query heads."""
+    num_key_value_heads: Optional[int] = None
+    """Number of key/value heads (grouped-query attention); absent: one for each query head."""
+    head_dim: Optional[int] = None
+    """Width of a head; absent: hidden_size / num_attention_heads."""
+    share: Literal["none", "ffn", "block"] = "ffn"
+    """What layers share: nothing, the feed-forward network (MobiLlama), or the whole block with its norms (baseline3)."""
+    ffn_groups: int = 1
+    """With share=ffn: number of feed-forward networks, dealt to contiguous groups of layers; 1 is the paper's."""
+    max_position_embeddings: int = 2048
+    """Context length in tokens."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of RMSNorm (released code and weights 1e-5; the paper's text 1e-6)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    scale_residual_init: bool = False
+    """Divide the initial output projections of attention and feed-forward by sqrt(2 L) (not in the paper)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name}: {getattr(self, name)} is not a positive number")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"model.head_dim: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; set head_dim, for example {-(-self.hidden_size // self.num_attention_heads)}"
+            )
+        if self.attention_head_dim % 2:
+            raise UsageError(f"model.head_dim: {self.attention_head_dim} is odd; rotary embedding needs an even width")
+        if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
+            raise UsageError(
+                f"model.num_key_value_heads: {self.key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if not 1 <= self.ffn_groups <= self.num_hidden_layers:
+            raise UsageError(
+                f"model.ffn_groups: {self.ffn_groups} is not within 1…{self.num_hidden_layers} (the layers)"
+            )
+        if self.ffn_groups > 1 and self.share != "ffn":
+            raise UsageError(f"model.ffn_groups: {self.ffn_groups} groups need share=ffn, not share={self.share}")
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def layer_weights(self) -> list[tuple[int, int]]:
+        """For each layer, the index of its stored attention block and of its stored feed-forward network.
+
+        This table is all that sharing is: none (i, i), ffn (i, i·g // L), block (0, 0).
+        """
+        layers = range(self.num_hidden_layers)
+        if self.share == "none":
+            return [(i, i) for i in layers]
+        if self.share == "ffn":
+            return [(i, i * self.ffn_groups // self.num_hidden_layers) for i in layers]
+        return [(0, 0) for _ in layers]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents."""
+
+    path: str
+    """A .jsonl file (also .gz .xz), a .txt file, or a directory of such files."""
+    licence: str = "unstated"
+    """Licence of the texts, kept in the manifest."""
+    text_field: str = "text"
+    """Key of the text in a JSON line."""
+
+
+@dataclass(frozen=True)
+class PrepareRecipe:
+    """Raw documents to training sequences (``mobillama data prepare``)."""
+
+    sources: dict[str, SourceConfig]
+    """The sources by name, each packed on its own: {name: {path: …}}."""
+    tokenizer: str
+    """A sentencepiece .model, a tokenizer.json, or a directory that holds one."""
+    sequence_length: int = 2049
+    """Ids in a sequence: context length + 1 (the paper's 2,049)."""
+    holdout: float = 0.01
+    """Sequences held out of each source: a share when below 1, a count otherwise (Amber: 102400)."""
+    chunks: int = 360
+    """Number of chunk files for the training sequences (the paper's 360)."""
+    seed: int = 0
+    """Seed of the hold-out and of the training order."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up and cosine decay (section 3.3 of the paper)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 3e-5
+    """Learning rate at the last step of the cosine."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up; the first step already learns at peak/warmup_steps."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
+    decay_all: bool = False
+    """Decay norms and embeddings too, as the authors' trainer did."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and cadence of a pre-training run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 800
+    """Sequences in a step, over all devices (the paper's 800)."""
+    micro_batch_size: int = 5
+    """Sequences that a device takes through the model at once; the rest of the batch is accumulated."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type: bfloat16 autocast over float32 weights, or float32. auto: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    compile: bool = False
+    """Compile the model with torch.compile: slow to start, faster steps."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints to keep; 0 keeps all (the paper publishes every one)."""
+    validate_every: int = 1000
+    """Steps between validations on the hold-out; the last step always validates. 0: never."""
+    validate_sequences: int = 256
+    """Held-out sequences per source in a validation; 0: all."""
+
+
+# What may differ when a run is resumed: none of it changes which numbers the run computes.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "train.micro_batch_size",
+        "train.device",
+        "train.compile",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.validate_every",
+        "train.validate_sequences",
+    }
+)
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """A pre-training run (``mobillama pretrain``)."""
+
+    data: str
+    """Directory that ``mobillama data prepare`` wrote."""
+    run: str
+    """Run directory, for example runs/mobillama-0.5b."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model. model.preset names the preset that gives the defaults."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch and cadence."""
+
+    def __post_init__(self) -> None:
+        positive = {"train.steps": self.train.steps, "train.batch_size": self.train.batch_size}
+        positive |= {"train.micro_batch_size": self.train.micro_batch_size}
+        positive |= {"train.checkpoint_every": self.train.checkpoint_every}
+        for key, value in positive.items():
+            if value < 1:
+                raise UsageError(f"{key}: {value} is not a positive number")
+        if self.optimizer.learning_rate <= 0 or self.optimizer.min_learning_rate < 0:
+            raise UsageError("optimizer.learning_rate: must be above 0, and min_learning_rate at least 0")
+
+
+_LARGE_BASE = ModelConfig(share="none")
+
+PRESETS: dict[str, tuple[ModelConfig, str]] = {
+    "mobillama-0.5b": (ModelConfig(), "the paper's 0.5B: one feed-forward network for 22 layers"),
+    "mobillama-0.8b": (
+        ModelConfig(hidden_size=2560, intermediate_size=10240),
+        "the 0.8B as its weights were released (head width 80)",
+    ),
+    "mobillama-0.8b-paper": (
+        ModelConfig(hidden_size=2532, intermediate_size=11080, head_dim=80),
+        "the 0.8B as the paper prints it; 2532/32 = 79.125 is no head width, so heads are 80 wide (q, k, v, o: 2532×2560)",
+    ),
+    "large-base-1.2b": (_LARGE_BASE, "the paper's large-base: no sharing"),
+    "baseline1": (
+        ModelConfig(hidden_size=1024, share="none"),
+        "half the width, no sharing (the paper does not state its heads: 32 taken)",
+    ),
+    "baseline2": (ModelConfig(num_hidden_layers=8, share="none"), "8 layers, no sharing"),
+    "baseline3": (ModelConfig(share="block"), "one whole block for 22 layers"),
+    "mobillama-small": (
+        ModelConfig(16384, 512, 1408, 22, 8, max_position_embeddings=1024),
+        "laptop size: an hour on a small GPU",
+    ),
+    "mobillama-tiny": (
+        ModelConfig(4096, 256, 704, 8, 4, max_position_embeddings=512, scale_residual_init=True),
+        "laptop size: minutes on two CPU cores; what quickstart trains",
+    ),
+}
+
+
+def preset_defaults(name: str) -> dict[str, object]:
+    """Return the fields of a preset's :class:`ModelConfig` by name."""
+    return {item.name: getattr(PRESETS[name][0], item.name) for item in fields(ModelConfig)}

@@ -1,0 +1,1 @@
+"""Reports: what a run's records say, drawn for people."""

@@ -1,0 +1,58 @@
+"""The loss picture of a run, drawn from its metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mobillama.record.files import replaced_file
+
+
+def draw_loss(run: Path, out: Path, yardsticks: dict[str, float] | None = None) -> None:
+    """Draw training loss by source, and held-out bits per byte with horizontal ``yardsticks``, as a PNG.
+
+    Args:
+        run: a run directory.
+        out: the file to write.
+        yardsticks: name → bits per byte of simpler methods on the same hold-out.
+    """
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    sources = sorted({name for line in steps for name in line["loss_by_source"]})
+    for name in sources:
+        seen = [
+            (tokens_at[line["step"]], line["loss_by_source"][name]) for line in steps if name in line["loss_by_source"]
+        ]
+        left.plot(*zip(*_smoothed(seen), strict=True), linewidth=1.2, label=name)
+    left.set(title="training loss by source", xlabel="million tokens", ylabel="nats per token")
+    left.legend(frameon=False)
+
+    curve = [(tokens_at[line["step"]], line["bits_per_byte"]) for line in validations]
+    if curve:
+        right.plot(*zip(*curve, strict=True), marker="o", markersize=3, color="black", label="this model")
+    ends = (0.0, max(tokens_at.values(), default=1.0))
+    for name, value in (yardsticks or {}).items():
+        right.hlines(value, *ends, linestyles="dashed", linewidth=0.9, color="gray")
+        right.annotate(f"{name} {value:.2f}", (ends[0], value), fontsize=8, va="bottom")
+    right.set(title="held out (each validation's sample)", xlabel="million tokens", ylabel="bits per byte")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _smoothed(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:
+    """Return points with an exponential moving average of y, corrected for its start."""
+    out, mean, mass = [], 0.0, 0.0
+    for x, y in points:
+        mean, mass = weight * mean + (1 - weight) * y, weight * mass + (1 - weight)
+        out.append((x, mean / mass))
+    return out

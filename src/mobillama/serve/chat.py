@@ -1,0 +1,95 @@
+"""A plain terminal chat: the conversation is one growing text, decoded on one key/value cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from mobillama.data.tokenizer import Tokenizer
+from mobillama.engine.interface import Engine
+from mobillama.engine.sampling import Sampling
+from mobillama.engine.stream import Session, stream_text
+
+HELP = "/reset forgets the conversation · /help shows this · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
+
+
+class Conversation:
+    """A conversation with a model that was only pre-trained: it continues what you type, turn after turn.
+
+    Args:
+        engine: decodes; what stays of the conversation is not computed again.
+        tokenizer: the model's.
+        sampling: how tokens are drawn.
+        max_tokens: longest answer.
+        seed: of the draws.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_tokens: int, seed: int) -> None:
+        self._session, self._tokenizer = Session(engine), tokenizer
+        self._sampling, self._max_tokens = sampling, max_tokens
+        self._random = np.random.default_rng(seed)
+        self._turns: list[str] = []
+        self.dropped_turns = 0
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yield the pieces of the answer to ``text``; oldest turns that no longer fit are dropped whole and counted."""
+        self._turns.append(text)
+        pieces: list[str] = []
+        try:
+            ids = self._fitting_ids()
+            for piece in stream_text(
+                self._session, self._tokenizer, ids, self._sampling, self._max_tokens, self._random
+            ):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self._turns.append("".join(pieces))
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._turns.clear()
+
+    def _fitting_ids(self) -> list[int]:
+        context = self._session.engine.context_length
+        room = context - min(self._max_tokens, context // 2)
+        self.dropped_turns = 0
+        while True:
+            (ids,) = self._tokenizer.encode(["\n".join(self._turns)])
+            if len(ids) <= room or len(self._turns) == 1:
+                return ids[-room:]
+            del self._turns[:2]
+            self.dropped_turns += 2
+
+
+def chat(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
+    """Talk until ``read`` raises EOFError; ``write`` receives text as it comes."""
+    write(f"This model was pre-trained only: it continues what you type. {HELP}\n")
+    while True:
+        try:
+            text = read().strip()
+        except EOFError:
+            return
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/reset":
+            conversation.reset()
+            write("(forgotten)\n")
+        elif text.startswith("/"):
+            write(f"{HELP}\n")
+        elif text:
+            _show_answer(conversation, text, write)
+
+
+def _show_answer(conversation: Conversation, text: str, write: Callable[[str], None]) -> None:
+    started, pieces = time.perf_counter(), 0
+    try:
+        for piece in conversation.answer(text):
+            write(piece)
+            pieces += 1
+    except KeyboardInterrupt:
+        write(" …")
+    speed = f"{pieces / (time.perf_counter() - started):.1f} tokens/s"
+    dropped = f"; {conversation.dropped_turns} oldest turns no longer fit and were dropped"
+    write(f"\n({speed}{dropped if conversation.dropped_turns else ''})\n\n")

@@ -1,0 +1,95 @@
+"""Looking into data and models: what was prepared, what a step learns from, what the hold-out costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mobillama.console import note, progress, table
+from mobillama.data.dataset import Dataset
+from mobillama.data.tokenizer import decode
+from mobillama.errors import UsageError
+from mobillama.record.files import sha256_json
+
+
+def show_preparation(out: Path, manifest: dict[str, Any]) -> None:
+    """Print what a preparation made: a row per source."""
+    rows = []
+    total = sum(source["tokens"] for source in manifest["sources"])
+    for source in manifest["sources"]:
+        rows.append(
+            (
+                source["name"],
+                f"{source['documents']:,}",
+                f"{source['bytes'] / 1e6:.2f}",
+                f"{source['tokens']:,}",
+                f"{source['tokens'] / total:.1%}",
+                f"{source['bytes'] / source['tokens']:.2f}",
+                f"{source['sequences'] - source['holdout_sequences']:,}",
+                f"{source['holdout_sequences']:,}",
+                f"{source['dropped_tokens']:,}",
+            )
+        )
+    columns = ["source", "documents", "MB", "tokens", "share", "bytes/token", "sequences", "held out", "dropped tokens"]
+    table(f"{out}", columns, rows)
+    note(f"{total:,} tokens in sequences of {manifest['inputs']['sequence_length']} · {len(manifest['chunks'])} chunks")
+    note(f"root {manifest['root']}")
+
+
+def show_step(path: Path, step: int, batch_size: int | None, seed: int | None, characters: int, as_json: bool) -> None:
+    """Print the sequences of a step (counted from 1): row, source, documents and text.
+
+    Raises:
+        UsageError: the step is below 1, or a data directory is given without a batch size.
+    """
+    if (path / "recipe.yaml").is_file():
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        dataset = Dataset(Path(recipe["data"]))
+        recorded = json.loads((path / "data-manifest.json").read_text(encoding="utf-8"))
+        if sha256_json(recorded) != dataset.digest:
+            raise UsageError(f"{dataset.path}: is not the data that {path} was trained on; restore that data set")
+        batch_size = batch_size or int(recipe["train"]["batch_size"])
+        seed = recipe["seed"] if seed is None else seed
+    else:
+        dataset = Dataset(path)
+        seed = dataset.prepared_seed if seed is None else seed
+    if batch_size is None or batch_size < 1:
+        raise UsageError(f"--batch-size: say how many sequences a step has (or show a run directory instead of {path})")
+    if step < 1:
+        raise UsageError(f"--step: {step} is below 1; steps are counted from 1")
+    batch = dataset.batch(seed, step - 1, batch_size)
+    for ids, row, source in zip(batch.ids.tolist(), batch.rows.tolist(), batch.sources.tolist(), strict=True):
+        spans = dataset.spans(row)
+        name, text = dataset.source_names[source], decode(dataset.tokenizer, ids)
+        if as_json:
+            documents = [vars(span) for span in spans]
+            print(json.dumps({"row": row, "source": name, "documents": documents, "ids": ids, "text": text}))
+            continue
+        print(f"── sequence {row} · {name}")
+        for span in spans:
+            print(
+                f"   ids {span.start}…{span.end}: document {span.document}, {span.file}:{span.line}, sha256 {span.digest}…"
+            )
+        shown = text if not characters or len(text) <= characters else f"{text[:characters]}…"
+        print("   " + shown.replace("\n", "\n   "))
+
+
+def show_heldout(model: Path, data: Path, device: str, limit: int, baselines: bool, as_json: bool) -> None:
+    """Print a model's bits per byte on the hold-out, and with ``baselines`` what simpler methods reach."""
+    from mobillama.evaluate.heldout import evaluate_baselines, evaluate_heldout
+
+    dataset = Dataset(data)
+    with progress() as show:
+        result = evaluate_heldout(model, dataset, device, limit, lambda done, total: show("evaluate", done, total))
+    if baselines:
+        result["baselines"] = evaluate_baselines(dataset, limit)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    rows = [(str(model), f"{result['bits_per_byte']:.4f}")]
+    rows += [(f"  {name}", f"{value:.4f}") for name, value in result["bits_per_byte_by_source"].items()]
+    rows += [(name, f"{value:.4f}") for name, value in result.get("baselines", {}).items()]
+    table(f"Hold-out of {data}: {result['bytes']:,} bytes", ["", "bits per byte"], rows)

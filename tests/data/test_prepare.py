@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobillama.data.dataset import Dataset
+from mobillama.data.documents import read_documents, source_files
+from mobillama.data.prepare import prepare
+from mobillama.data.store import id_type
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.recipe import SourceConfig
+from mobillama.record.manifest import verify_manifest
+
+
+def streams(recipe) -> dict[str, np.ndarray]:
+    """Each source's ids by the plainest code: encode, append the end mark, concatenate."""
+    tokenizer = load_tokenizer(Path(recipe.tokenizer))
+    out = {}
+    for name, source in recipe.sources.items():
+        ids: list[int] = []
+        for document in read_documents(source_files(Path(source.path), name)):
+            ids += tokenizer.encode([document.text])[0] + [tokenizer.eos_id]
+        out[name] = np.array(ids)
+    return out
+
+
+def test_every_sequence_is_trained_or_held_out_exactly_once(data, prepare_recipe):
+    dataset, length = Dataset(data), prepare_recipe.sequence_length
+    expected = []
+    for name, ids in streams(prepare_recipe).items():
+        cut = ids[: len(ids) // length * length].reshape(-1, length)
+        expected += [(name, tuple(row)) for row in cut.tolist()]
+    stored = dataset.batch(dataset.prepared_seed, 0, dataset.size)
+    found = [(dataset.source_names[s], tuple(row)) for s, row in zip(stored.sources, stored.ids.tolist(), strict=True)]
+    found += [(name, tuple(row)) for name in dataset.source_names for row in dataset.holdout(name).tolist()]
+    assert sorted(found) == sorted(expected)
+    for source in dataset.manifest["sources"]:
+        assert source["holdout_sequences"] == max(1, round(0.05 * source["sequences"]))
+        assert source["tokens"] == source["sequences"] * length + source["dropped_tokens"]
+
+
+def test_spans_lead_back_to_the_raw_documents(data, prepare_recipe):
+    dataset = Dataset(data)
+    raw = {}
+    for name, source in prepare_recipe.sources.items():
+        files = source_files(Path(source.path), name)
+        for document in read_documents(files):
+            raw[name, files[document.file].name, document.line] = document
+    tokenizer = dataset.tokenizer
+    for row in range(0, dataset.size, 3):
+        (ids,) = dataset.read(np.array([row]))
+        (source,), (sequence,) = dataset.layout.train_origin([row])
+        name = dataset.source_names[source]
+        assert dataset.layout.train_row(int(source), sequence).tolist() == [row]
+        spans = dataset.spans(row)
+        assert spans[0].start == 0
+        assert spans[-1].end == dataset.sequence_length
+        for before, span in zip([None, *spans], spans, strict=False):
+            assert before is None or before.end == span.start
+            document = raw[name, span.file, span.line]
+            assert hashlib.sha256(document.raw).hexdigest().startswith(span.digest)
+            encoded = [*tokenizer.encode([document.text])[0], tokenizer.eos_id]
+            piece = ids[span.start : span.end].tolist()
+            if span.start > 0:
+                assert encoded[: len(piece)] == piece
+            elif span.end < dataset.sequence_length:
+                assert encoded[-len(piece) :] == piece
+            else:
+                assert any(encoded[i : i + len(piece)] == piece for i in range(len(encoded)))
+
+
+def test_held_out_sequences_have_no_training_row(data):
+    dataset = Dataset(data)
+    for index, source in enumerate(dataset.layout.sources):
+        held = dataset.layout.holdout_sequences(index)
+        assert (dataset.layout.train_row(index, held) == -1).all()
+        assert (dataset.layout.train_row(index, np.arange(source.sequences)) >= 0).sum() == source.sequences - len(held)
+
+
+def test_preparing_again_gives_identical_bytes_and_another_seed_another_order(data, prepare_recipe, tmp_path):
+    again = prepare(prepare_recipe, tmp_path / "again")
+    assert again == Dataset(data).manifest
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (data / "manifest.json").read_bytes()
+    verify_manifest(tmp_path / "again", again)
+    other = prepare(dataclasses.replace(prepare_recipe, seed=8), tmp_path / "other")
+    assert other["root"] != again["root"]
+    assert [s["tokens"] for s in other["sources"]] == [s["tokens"] for s in again["sources"]]
+
+
+def test_an_equal_preparation_is_kept_and_another_one_refused(data, prepare_recipe):
+    assert prepare(prepare_recipe, data) == Dataset(data).manifest
+    with pytest.raises(UsageError, match="prepared with another 'chunks'"):
+        prepare(dataclasses.replace(prepare_recipe, chunks=4), data)
+
+
+def test_ids_are_stored_in_the_smallest_type_that_holds_them():
+    assert id_type(65536) == np.uint16
+    assert id_type(65537) == np.uint32
+    with pytest.raises(UsageError, match="do not fit"):
+        id_type(2**32 + 1)
+
+
+@pytest.mark.parametrize("file", ["train/chunk-00002.npy", "train/chunk-00002.leaves.npy", "holdout/code.npy"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "swap"])
+def test_no_damaged_sequence_is_used(data, tmp_path, file, harm):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    target = copy / file
+    content = bytearray(target.read_bytes())
+    if harm == "flip":
+        content[-7] ^= 4
+        target.write_bytes(content)
+    elif harm == "truncate":
+        target.write_bytes(content[:-100])
+    elif harm == "remove":
+        target.unlink()
+    else:
+        other = target.with_name(target.name.replace("00002", "00001").replace("code", "books"))
+        target.write_bytes(other.read_bytes())
+    dataset = Dataset(copy)
+    with pytest.raises(CorruptDataError, match=target.name.split(".")[0]):
+        dataset.read(np.arange(dataset.size))
+        dataset.holdout("code")
+
+
+def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
+    (tmp_path / name).write_bytes(content)
+    return {"s": SourceConfig(str(tmp_path / name))}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("empty.jsonl", b"", UsageError, "sources.s: holds no document"),
+        ("blank.txt", b"", UsageError, "sources.s: holds no document"),
+        ("short.txt", b"too short", UsageError, "nothing is left to train on"),
+        ("bad.jsonl", b'{"text": "ok"}\n{"text": \n', CorruptDataError, "bad.jsonl:2: not valid JSON"),
+        ("field.jsonl", b'{"txt": "ok"}\n', CorruptDataError, "field.jsonl:1: no text under 'text'"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', CorruptDataError, "half.jsonl:1: half a surrogate pair"),
+        ("latin.txt", "é".encode("latin-1"), CorruptDataError, "latin.txt: not UTF-8"),
+        ("cut.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9)[:-20], CorruptDataError, "damaged or truncated archive"),
+        ("kind.csv", b"a,b", UsageError, "kind.csv is none of"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(prepare_recipe, tmp_path, name, content, error, said):
+    out = tmp_path / "out"
+    with pytest.raises(error) as caught:
+        prepare(dataclasses.replace(prepare_recipe, sources=source_of(tmp_path, name, content)), out)
+    assert said in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_bad_settings_are_named(prepare_recipe, tmp_path):
+    cases = {
+        "does not exist": {"sources": {"s": SourceConfig(str(tmp_path / "absent"))}},
+        "a source's name": {"sources": {"a/b": SourceConfig("x")}},
+        "none given": {"sources": {}},
+        "less than 2": {"sequence_length": 1},
+        "cannot be filled": {"chunks": 10**6},
+        "no tokenizer there": {"tokenizer": str(tmp_path / "absent.model")},
+        "negative": {"holdout": -1.0},
+    }
+    for said, change in cases.items():
+        with pytest.raises(UsageError, match=said):
+            prepare(dataclasses.replace(prepare_recipe, **change), tmp_path / "out")
+
+
+def test_manifest_states_sources_licences_and_hashes_but_no_machine(data):
+    text = (data / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert [s["licence"] for s in manifest["inputs"]["sources"]] == [
+        "licence of books",
+        "licence of encyclopedia",
+        "licence of code",
+    ]
+    assert {"tokenizer/tokenizer.model", "documents/code.npy", "train/chunk-00004.npy"} <= manifest["files"].keys()
+    assert str(data.parent) not in text

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import VOCAB
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.directory import load_model, save_model
+from mobillama.engine.load import load_engine
+from mobillama.engine.sampling import Sampling, sample
+from mobillama.engine.stream import Session, stream_text
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.model.transformer import MobiLlama, initialise
+from mobillama.recipe import ModelConfig
+
+CONFIG = ModelConfig(VOCAB, 32, 48, 3, 2, max_position_embeddings=48)
+
+
+@pytest.fixture
+def directory(tokenizer_path, tmp_path):
+    model = MobiLlama(CONFIG)
+    initialise(model, CONFIG, 3)
+    save_model(tmp_path / "model", CONFIG, model.state_dict(), load_tokenizer(tokenizer_path))
+    return tmp_path / "model"
+
+
+def test_fed_piecewise_or_whole_the_logits_are_those_of_the_model(directory):
+    engine, _ = load_engine(directory)
+    ids = torch.randint(0, VOCAB, (20,)).tolist()
+    engine.feed(ids[:7])
+    engine.feed([ids[7]])
+    logits = engine.feed(ids[8:])
+    with torch.no_grad():
+        expected = load_model(directory)(torch.tensor([ids]))[0, -1].numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert engine.length == 20
+    engine.truncate(8)
+    np.testing.assert_allclose(engine.feed(ids[8:]), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="48 tokens cannot hold"):
+        engine.feed([1] * 29)
+    with pytest.raises(ValueError, match="at least one"):
+        engine.feed([])
+
+
+def test_session_computes_only_what_is_new(directory):
+    engine, _ = load_engine(directory)
+    fed: list[int] = []
+    feed = engine.feed
+    engine.feed = lambda ids: fed.append(len(ids)) or feed(ids)
+    session = Session(engine)
+    first = session.set([5, 6, 7, 8])
+    session.append(9)
+    session.set([5, 6, 7, 8, 10, 11])
+    np.testing.assert_allclose(session.set([5, 6, 7, 8]), first, atol=1e-6)
+    assert fed == [4, 1, 2, 1]
+
+
+def test_greedy_stream_is_the_models_own_continuation_and_stops_at_each_limit(directory):
+    engine, tokenizer = load_engine(directory)
+    model, ids = load_model(directory), [5, 6, 7]
+    for _ in range(10):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    expected = b"".join(tokenizer.token_bytes[i] for i in ids[3:]).decode("utf-8", errors="replace")
+    random, greedy = np.random.default_rng(0), Sampling(temperature=0)
+    assert "".join(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 10, random)) == expected
+    full = list(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 1000, random))
+    assert len(full) == 48 - 3 + 1 + 1  # the context's room, the token it predicts, and the flush
+    tokenizer.eos_id = ids[5]
+    assert (
+        len(list(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 1000, random))) == ids[3:].index(ids[5]) + 1
+    )
+
+
+def test_streamed_characters_of_several_tokens_arrive_whole(directory):
+    _, tokenizer = load_engine(directory)
+    script = [tokenizer.token_bytes.index(bytes([byte])) for byte in "é🦙".encode()]
+
+    class Scripted:
+        context_length, vocab_size, length = 48, VOCAB, 0
+
+        def feed(self, ids):
+            logits = np.zeros(VOCAB, np.float32)
+            logits[script.pop(0)] = 1
+            return logits
+
+        def truncate(self, length):
+            pass
+
+    pieces = list(stream_text(Session(Scripted()), tokenizer, [1], Sampling(0), 6, np.random.default_rng(0)))
+    assert [piece for piece in pieces if piece] == ["é", "🦙"]
+
+
+def test_sampling_draws_by_probability_within_top_k_and_top_p():
+    random = np.random.default_rng(0)
+    logits = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
+
+    def frequencies(**options):
+        drawn = [sample(logits, Sampling(**options), random) for _ in range(4000)]
+        return np.bincount(drawn, minlength=5) / 4000
+
+    np.testing.assert_allclose(frequencies(temperature=1, top_p=1), [0.5, 0.2, 0.15, 0.1, 0.05], atol=0.03)
+    np.testing.assert_allclose(frequencies(temperature=1, top_p=1, top_k=2), [5 / 7, 2 / 7, 0, 0, 0], atol=0.03)
+    np.testing.assert_allclose(
+        frequencies(temperature=1, top_p=0.8), np.array([0.5, 0.2, 0.15, 0, 0]) / 0.85, atol=0.03
+    )
+    squared = np.array([0.25, 0.04, 0.0225, 0.01, 0.0025])
+    np.testing.assert_allclose(frequencies(temperature=0.5, top_p=1), squared / squared.sum(), atol=0.03)
+    assert frequencies(temperature=0)[0] == 1
+    assert frequencies(temperature=1, top_p=0.01)[0] == 1
+
+
+def test_impossible_sampling_and_directories_are_named(directory, tmp_path):
+    for options, said in (({"temperature": -1}, "temperature"), ({"top_p": 0}, "top-p"), ({"top_k": -1}, "top-k")):
+        with pytest.raises(UsageError, match=said):
+            Sampling(**options)
+    with pytest.raises(UsageError, match="no model directory"):
+        load_engine(tmp_path)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CorruptDataError, match=r"model\.safetensors: damaged or truncated"):
+        load_engine(directory)
+    weights.unlink()
+    with pytest.raises(CorruptDataError, match="missing"):
+        load_engine(directory)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.directory import load_model
+from mobillama.errors import UsageError
+from mobillama.model.transformer import MobiLlama, initialise
+from mobillama.recipe import ModelConfig, OptimizerConfig
+from mobillama.train import checkpoint
+from mobillama.train.checkpoint import (
+    keep_newest,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from mobillama.train.optimizer import build_optimizer
+
+CONFIG = ModelConfig(512, 16, 24, 2, 2)
+
+
+@pytest.fixture
+def trained():
+    model = MobiLlama(CONFIG)
+    initialise(model, CONFIG, 0)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for _ in range(2):
+        model(torch.randint(0, 512, (2, 8))).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def save(trained, tokenizer_path, tmp_path):
+    model, optimizer = trained
+    return lambda step: save_checkpoint(
+        tmp_path, step, CONFIG, model, optimizer, load_tokenizer(tokenizer_path), {"a": 1}
+    )
+
+
+def test_checkpoint_holds_model_optimizer_state_and_manifest_and_no_pickle(save):
+    path = save(5)
+    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert names == {
+        "manifest.json",
+        "state.json",
+        "optimizer/optimizer.safetensors",
+        "model/config.json",
+        "model/generation_config.json",
+        "model/model.safetensors",
+        "model/modeling_mobillama.py",
+        "model/tokenizer.json",
+        "model/tokenizer.model",
+        "model/tokenizer_config.json",
+    }
+    assert json.loads((path / "state.json").read_text()) == {"a": 1, "step": 5, "updates": 2}
+
+
+def test_weights_and_moments_come_back_bit_for_bit(save, trained):
+    path, (model, optimizer) = save(5), trained
+    other = MobiLlama(CONFIG)
+    fresh = build_optimizer(other, OptimizerConfig())
+    load_checkpoint(path, other, fresh)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[ours][key], fresh.state[theirs][key])
+    deployed = load_model(path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), deployed.parameters(), strict=True))
+
+
+def test_a_save_cut_short_at_any_point_does_not_count(save, tmp_path, monkeypatch):
+    """Fail at each call that writes, flushes or renames, one after another: the older checkpoint stays the newest."""
+    save(1)
+    calls = ["save_model", "save_file", "write_json", "fsync_tree", "fsync_directory", "write_manifest"]
+    for name in calls:
+        original = getattr(checkpoint, name)
+
+        def full_disk(*args, **options):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, name, full_disk)
+        with pytest.raises(UsageError, match=r"step-000002: cannot be written \(No space left on device\)"):
+            save(2)
+        monkeypatch.setattr(checkpoint, name, original)
+        assert newest_whole_checkpoint(tmp_path)[0].name == "step-000001"
+        remove_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert newest_whole_checkpoint(save(2).parent)[0].name == "step-000002"
+
+
+def test_keep_newest_and_listing(save, tmp_path):
+    for step in (1, 2, 10, 1_000_000):
+        save(step)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 10, 1_000_000]
+    keep_newest(tmp_path, 0)
+    assert len(list_checkpoints(tmp_path)) == 4
+    keep_newest(tmp_path, 2)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 1_000_000]

@@ -1,0 +1,253 @@
+"""A run that is killed, stopped or restarted computes the same numbers as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import run_cli
+from mobillama.config import load_recipe
+from mobillama.data.dataset import Dataset
+from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
+from mobillama.recipe import PretrainRecipe
+from mobillama.train.checkpoint import list_checkpoints
+from mobillama.train.loop import Silent, pretrain
+
+COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
+
+
+def recipe_of(path: Path, *overrides: str) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, path, overrides)
+
+
+def outcome(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Return what a run computed: its whole series, and its last weights and moments."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    _, last = list_checkpoints(run / "checkpoints")[-1]
+    tensors = {file.name + name: t for file in last.rglob("*.safetensors") for name, t in load_file(file).items()}
+    return [{key: line[key] for key in COMPUTED if key in line} for line in lines], tensors
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    (series, tensors), (expected_series, expected) = outcome(one), outcome(other)
+    assert series == expected_series
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def test_a_run_learns_and_leaves_a_self_contained_directory(recipe_file, tmp_path):
+    pretrain(recipe_of(recipe_file, "--train.steps", "60", "--train.validate_every", "30"), Silent())
+    run = tmp_path / "run"
+    series, tensors = outcome(run)
+    steps = [line for line in series if line["kind"] == "step"]
+    validations = [line for line in series if line["kind"] == "validation"]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert steps[0]["loss"] == pytest.approx(6.238, abs=0.02)  # ln 512
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.8
+    assert validations[1]["bits_per_byte"] < validations[0]["bits_per_byte"] < 4.3
+    assert {p.name for p in run.iterdir()} >= {"recipe.yaml", "environment.json", "data-manifest.json", "metrics.jsonl"}
+    assert sum("ffn" in name and name.startswith("model") for name in tensors) == 3
+    means = [sum(line["loss_by_source"].values()) / len(line["loss_by_source"]) for line in steps]
+    assert means[-1] == pytest.approx(steps[-1]["loss"], rel=0.3)
+
+
+def test_accumulation_gives_the_same_step_as_one_large_micro_batch(recipe_file, tmp_path):
+    pretrain(recipe_of(recipe_file, "--train.micro_batch_size", "8"), Silent())
+    pretrain(recipe_of(recipe_file, "--train.micro_batch_size", "3", "--run", str(tmp_path / "other")), Silent())
+    whole, divided = outcome(tmp_path / "run")[0], outcome(tmp_path / "other")[0]
+    for a, b in zip(whole, divided, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_two_resumes_in_a_row_across_an_epoch_border_are_bit_identical(recipe_file, data, tmp_path):
+    steps = Dataset(data).size // 8 + 8  # the last steps are in the second epoch
+    pretrain(recipe_of(recipe_file, "--train.steps", str(steps)), Silent())
+
+    class StopAt(Silent):
+        def __init__(self, step: int) -> None:
+            super().__init__()
+            self.step = step
+
+        def on_record(self, record):
+            if record["step"] == self.step and record["kind"] == "step":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    second = recipe_of(recipe_file, "--train.steps", str(steps), "--run", str(tmp_path / "second"))
+    for stop in (3, steps - 4):
+        with pytest.raises(Stopped, match=f"saved after step {stop}"):
+            pretrain(second, StopAt(stop))
+    reporter = Silent()
+    pretrain(second, reporter)
+    assert any(f"resuming after step {steps - 4}" in note for note in reporter.notes)
+    assert_same_bits(tmp_path / "second", tmp_path / "run")
+    reporter = Silent()
+    pretrain(second, reporter)
+    assert f"all {steps} steps are done" in reporter.notes[-1]
+
+
+def test_kill_9_at_20_random_moments_loses_nothing(recipe_file, data, tmp_path):
+    """Ten kills at random times, ten when a save is seen under way; every restart is the same command."""
+    steps = str(Dataset(data).size // 8 + 200)
+    options = ["--train.steps", steps, "--train.checkpoint_every", "3", "--train.keep_checkpoints", "3"]
+    run_cli("pretrain", recipe_file, *options)
+    killed = [*options, "--run", str(tmp_path / "killed")]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    choose = random.Random(0)
+    kills = inside_a_save = 0
+    while kills < 20:
+        before = len(list_checkpoints(checkpoints)) and list_checkpoints(checkpoints)[-1][0]
+        command = [sys.executable, "-m", "mobillama", "pretrain", str(recipe_file), *killed]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_progress(process, checkpoints, before)
+        if kills % 2:
+            time.sleep(choose.random() * 0.3)
+        else:
+            while process.poll() is None and not list(checkpoints.glob(".step-*.tmp")):
+                time.sleep(0.0005)
+            time.sleep(choose.random() * 0.01)
+        assert process.poll() is None, "the run ended before it could be killed; make it longer"
+        process.kill()
+        process.wait()
+        kills += 1
+        committed = {path for _, path in list_checkpoints(checkpoints)}
+        inside_a_save += any(path not in committed for path in checkpoints.iterdir())
+    assert inside_a_save >= 3
+    finished = run_cli("pretrain", recipe_file, *killed)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_bits(tmp_path / "killed", tmp_path / "run")
+    assert not list(checkpoints.glob(".*"))
+
+
+def wait_for_progress(process: subprocess.Popen, checkpoints: Path, before: int) -> None:
+    """Wait until the run has committed a checkpoint beyond ``before``, so that every kill follows a resume."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list_checkpoints(checkpoints)
+        if found and found[-1][0] > before:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no progress after step {before}; exit code {process.poll()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_second_leaves_at_once(recipe_file, tmp_path, number):
+    command = [sys.executable, "-m", "mobillama", "pretrain", str(recipe_file), "--train.steps", "100000"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def started() -> subprocess.Popen:
+        lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) <= lines):
+            time.sleep(0.01)
+        return process
+
+    process = started()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0]
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == saved
+    process = started()
+    process.send_signal(number)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode in (75, -number)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(recipe_file, tmp_path, harm):
+    pretrain(recipe_of(recipe_file), Silent())
+    pretrain(recipe_of(recipe_file, "--run", str(tmp_path / "other")), Silent())
+    victim = tmp_path / "run" / "checkpoints" / "step-000012" / "model" / "model.safetensors"
+    damage(victim, harm)
+    reporter = Silent()
+    pretrain(recipe_of(recipe_file), reporter)
+    assert "using an older checkpoint" in reporter.notes[0]
+    assert "resuming after step 8" in reporter.notes[1]
+    assert_same_bits(tmp_path / "run", tmp_path / "other")
+
+
+def damage(victim: Path, harm: str) -> None:
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "flip":
+        victim.write_bytes(content)
+    elif harm == "truncate":
+        victim.write_bytes(content[:-1])
+    else:
+        victim.unlink()
+
+
+def test_when_every_checkpoint_is_damaged_the_run_stops_and_nothing_is_touched(recipe_file, tmp_path):
+    pretrain(recipe_of(recipe_file), Silent())
+    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        damage(path / "optimizer" / "optimizer.safetensors", "flip")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CorruptDataError, match=r"optimizer\.safetensors.*no other checkpoint is whole"):
+        pretrain(recipe_of(recipe_file), Silent())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 3
+
+
+def test_two_trainers_cannot_share_a_run_directory(recipe_file, tmp_path):
+    command = [sys.executable, "-m", "mobillama", "pretrain", str(recipe_file), "--train.steps", "100000"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = run_cli("pretrain", recipe_file, "--train.steps", "100000")
+    first.kill()
+    first.wait()
+    assert second.returncode == 2
+    assert f"a trainer already runs here (process {first.pid})" in second.stderr
+
+
+def test_another_recipe_or_other_data_cannot_take_over_a_run(recipe_file, prepare_recipe, tmp_path):
+    pretrain(recipe_of(recipe_file), Silent())
+    with pytest.raises(UsageError, match=r"optimizer\.learning_rate = 0\.003, the recipe says 0\.1"):
+        pretrain(recipe_of(recipe_file, "--optimizer.learning_rate", "0.1"), Silent())
+    import dataclasses
+
+    from mobillama.data.prepare import prepare
+
+    prepare(dataclasses.replace(prepare_recipe, seed=1), tmp_path / "other-data")
+    with pytest.raises(UsageError, match="trained on other data"):
+        pretrain(recipe_of(recipe_file, "--data", str(tmp_path / "other-data")), Silent())
+    pretrain(recipe_of(recipe_file, "--train.micro_batch_size", "2"), Silent())
+
+
+def test_model_and_data_that_do_not_fit_are_refused(recipe_file):
+    with pytest.raises(UsageError, match=r"model\.vocab_size: 600.*has 512 ids"):
+        pretrain(recipe_of(recipe_file, "--model.vocab_size", "600"), Silent())
+    with pytest.raises(UsageError, match=r"model\.max_position_embeddings: 63 is shorter than the 64"):
+        pretrain(recipe_of(recipe_file, "--model.max_position_embeddings", "63"), Silent())
+    with pytest.raises(UsageError, match="unknown device 'tpu9'"):
+        pretrain(recipe_of(recipe_file, "--train.device", "tpu9"), Silent())
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(recipe_file, tmp_path):
+    wild = ["--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0", "--train.checkpoint_every", "1"]
+    with pytest.raises(DivergedError, match=r"step \d+: loss nan.*lower optimizer\.learning_rate") as caught:
+        pretrain(recipe_of(recipe_file, *wild), Silent())
+    assert caught.value.exit_code == 5
+    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert path.is_dir()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_bfloat16_training_learns_too(recipe_file, tmp_path):
+    pretrain(recipe_of(recipe_file, "--train.precision", "bfloat16", "--train.steps", "40"), Silent())
+    series, tensors = outcome(tmp_path / "run")
+    losses = [line["loss"] for line in series if line["kind"] == "step"]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())

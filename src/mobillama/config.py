@@ -16,6 +16,8 @@ from mobillama.recipe import PRESETS, PretrainRecipe, preset_defaults
 
 Recipe = TypeVar("Recipe")
 
+_MAY_BE_ABSENT = ("model.num_key_value_heads", "model.head_dim")
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -52,7 +54,7 @@ def load_recipe(recipe: type[Recipe], path: Path, overrides: Sequence[str] = ())
         UsageError: the file is missing or no YAML mapping, a key is unknown (the nearest one is named), a value has
             the wrong type or does not fit the others.
     """
-    settings = _read_mapping(path)
+    settings = read_mapping(path)
     for key, value in parse_overrides(overrides):
         _set_dotted(settings, key, value)
     parser = recipe_parser(recipe, "mobillama")
@@ -64,6 +66,9 @@ def load_recipe(recipe: type[Recipe], path: Path, overrides: Sequence[str] = ())
         for key in _dotted_keys(settings, known):
             if key not in known:
                 raise UsageError(f"unknown key '{key}'{did_you_mean(key, known)}")
+        for key, value in flatten(settings).items():
+            if value is None and key not in _MAY_BE_ABSENT:
+                raise UsageError(f"{key}: has no value; give one or remove the key")
         return recipe(**parser.instantiate(parser.parse_object(settings)).as_dict())
     except ArgumentError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
@@ -96,7 +101,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def resolved(recipe: Any) -> dict[str, Any]:
-    """Return the recipe as plain data: what is saved, hashed and compared."""
+    """Return the recipe as plain data: what is saved, compared, and hashed into every checkpoint's state."""
     return asdict(recipe)
 
 
@@ -116,7 +121,12 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        UsageError: it is missing, unreadable, or holds something else.
+    """
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)  # noqa: S506 a SafeLoader
     except FileNotFoundError:
@@ -146,7 +156,7 @@ def _apply_preset(parser: ArgumentParser, settings: dict[str, Any]) -> None:
     if not isinstance(model, dict) or "preset" not in model:
         return
     name = model.pop("preset")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"model.preset: unknown preset '{name}'{did_you_mean(str(name), PRESETS)}")
     parser.set_defaults({f"model.{key}": value for key, value in preset_defaults(name).items()})
 

@@ -6,7 +6,8 @@ It is a complete Hugging Face directory: ``AutoModelForCausalLM`` loads it after
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from mobillama.data.tokenizer import Tokenizer, save_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.recipe import ModelConfig
-from mobillama.record.files import write_json, write_text
+from mobillama.record.files import read_json, write_json, write_text
+from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 MODEL_TYPE = "mobillama"
+CHECKPOINT_FORMAT = "mobillama-checkpoint-1"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 STUB_FILE = "modeling_mobillama.py"
@@ -64,8 +67,7 @@ def save_model(directory: Path, config: ModelConfig, weights: dict[str, Tensor],
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
     write_json(directory / "generation_config.json", {"do_sample": True, **special})
     write_text(directory / STUB_FILE, STUB)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(directory / WEIGHTS_FILE, weights)
     if tokenizer:
         save_tokenizer(tokenizer, directory)
 
@@ -78,16 +80,32 @@ def read_config(directory: Path) -> ModelConfig:
         CorruptDataError: config.json is damaged.
     """
     path = directory / CONFIG_FILE
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptDataError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
+    if not path.is_file():
+        raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory")
+    stated = read_json(path)
     if stated.get("model_type") != MODEL_TYPE:
         raise UsageError(f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'")
     names = {item.name for item in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in stated.items() if name in names})
+    try:
+        return ModelConfig(**{name: value for name, value in stated.items() if name in names})
+    except (TypeError, UsageError) as error:
+        raise CorruptDataError(f"{path}: states no possible model ({error}); restore it from a copy") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, readable by those whom the umask lets read.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -104,6 +122,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CorruptDataError(f"{path}: damaged or truncated ({error}); restore it from a copy") from None
 
 
+def _verify_in_checkpoint(directory: Path) -> None:
+    """Hash the files of a checkpoint's model directory against the checkpoint's manifest, where there is one."""
+    checkpoint, name = directory.resolve().parent, directory.resolve().name
+    manifest = checkpoint / MANIFEST_NAME
+    if manifest.is_file() and read_json(manifest).get("format") == CHECKPOINT_FORMAT:
+        verify_manifest(checkpoint, read_manifest(checkpoint, CHECKPOINT_FORMAT), f"{name}/")
+
+
 def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> MobiLlama:
     """Return the model of a directory, in evaluation mode.
 
@@ -112,9 +138,10 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
 
     Raises:
         UsageError: this is no directory of a MobiLlama model.
-        CorruptDataError: its weights are damaged or do not fit its config.
+        CorruptDataError: its weights are damaged, do not fit its config, or differ from its checkpoint's manifest.
     """
     config = read_config(directory)
+    _verify_in_checkpoint(directory)
     with torch.device("meta"):
         model = MobiLlama(config)
     weights = read_weights(directory / WEIGHTS_FILE)

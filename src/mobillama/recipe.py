@@ -6,10 +6,17 @@ applied in :mod:`mobillama.config`.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, Optional
 
 from mobillama.errors import UsageError
+
+
+def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UsageError(f"{key}: {value} is not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name}: {getattr(self, name)} is not a positive number")
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "a positive number")
+        for name in ("num_key_value_heads", "head_dim"):
+            given = getattr(self, name)
+            _require(given is None or given >= 1, f"model.{name}", given, "a positive number, or absent")
+        _require(
+            self.max_position_embeddings >= 1,
+            "model.max_position_embeddings",
+            self.max_position_embeddings,
+            "1 or more",
+        )
+        _require(self.rms_norm_eps > 0, "model.rms_norm_eps", self.rms_norm_eps, "above 0")
+        _require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "above 0")
+        _require(self.initializer_range >= 0, "model.initializer_range", self.initializer_range, "0 or more")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"model.head_dim: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -56,7 +74,7 @@ class ModelConfig:
             )
         if self.attention_head_dim % 2:
             raise UsageError(f"model.head_dim: {self.attention_head_dim} is odd; rotary embedding needs an even width")
-        if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
+        if self.num_attention_heads % self.key_value_heads:
             raise UsageError(
                 f"model.num_key_value_heads: {self.key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
@@ -121,6 +139,17 @@ class PrepareRecipe:
     seed: int = 0
     """Seed of the hold-out and of the training order."""
 
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UsageError("sources: none given; name at least one source of documents")
+        for name in self.sources:
+            plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
+            _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
+        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")
+        _require(self.chunks >= 1, "chunks", self.chunks, "a positive number")
+        _require(0 <= self.holdout < math.inf, "holdout", self.holdout, "a share below 1 or a count")
+        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -145,13 +174,24 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 
+    def __post_init__(self) -> None:
+        rate, least = self.learning_rate, self.min_learning_rate
+        _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "above 0")
+        _require(0 <= least <= rate, "optimizer.min_learning_rate", least, f"within 0…learning_rate ({rate})")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "at least 0 and below 1")
+        _require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "above 0")
+        for name in ("weight_decay", "clip_norm"):
+            _require(0 <= getattr(self, name) < math.inf, f"optimizer.{name}", getattr(self, name), "0 or more")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and cadence of a pre-training run."""
 
-    steps: int = 1000
-    """Optimizer steps."""
+    steps: int = 732422
+    """Optimizer steps (the paper's 1.2 T tokens in steps of 800 × 2,048)."""
     batch_size: int = 800
     """Sequences in a step, over all devices (the paper's 800)."""
     micro_batch_size: int = 5
@@ -162,17 +202,23 @@ class TrainConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster steps."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always writes one."""
+    checkpoint_every: int = 2134
+    """Steps between checkpoints; the last step always writes one. The default is about one of Amber's 360 chunks."""
     keep_checkpoints: int = 0
     """Newest checkpoints to keep; 0 keeps all (the paper publishes every one)."""
-    validate_every: int = 1000
+    validate_every: int = 2134
     """Steps between validations on the hold-out; the last step always validates. 0: never."""
     validate_sequences: int = 256
     """Held-out sequences per source in a validation; 0: all."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
+        for name in ("keep_checkpoints", "validate_every", "validate_sequences"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
-# What may differ when a run is resumed: none of it changes which numbers the run computes.
+
+# What may differ when a run is resumed: steps learn from the same sequences, results may differ by rounding.
 RESUMABLE_CHANGES = frozenset(
     {
         "train.micro_batch_size",
@@ -204,14 +250,7 @@ class PretrainRecipe:
     """Length, batch and cadence."""
 
     def __post_init__(self) -> None:
-        positive = {"train.steps": self.train.steps, "train.batch_size": self.train.batch_size}
-        positive |= {"train.micro_batch_size": self.train.micro_batch_size}
-        positive |= {"train.checkpoint_every": self.train.checkpoint_every}
-        for key, value in positive.items():
-            if value < 1:
-                raise UsageError(f"{key}: {value} is not a positive number")
-        if self.optimizer.learning_rate <= 0 or self.optimizer.min_learning_rate < 0:
-            raise UsageError("optimizer.learning_rate: must be above 0, and min_learning_rate at least 0")
+        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
 
 
 _LARGE_BASE = ModelConfig(share="none")
@@ -235,11 +274,11 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
     "baseline3": (ModelConfig(share="block"), "one whole block for 22 layers"),
     "mobillama-small": (
         ModelConfig(16384, 512, 1408, 22, 8, max_position_embeddings=1024),
-        "laptop size: an hour on a small GPU",
+        "laptop size, as deep as the paper's",
     ),
     "mobillama-tiny": (
-        ModelConfig(4096, 256, 704, 8, 4, max_position_embeddings=512, scale_residual_init=True),
-        "laptop size: minutes on two CPU cores; what quickstart trains",
+        ModelConfig(4096, 256, 1024, 2, 4, max_position_embeddings=256, scale_residual_init=True),
+        "laptop size: what quickstart trains in minutes on two CPU cores",
     ),
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import lzma
@@ -131,6 +132,12 @@ def test_no_damaged_sequence_is_used(data, tmp_path, file, harm):
         dataset.holdout("code")
 
 
+def flipped_gzip() -> bytes:
+    content = bytearray(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(999))))
+    content[40] ^= 0xFF
+    return bytes(content)
+
+
 def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
     (tmp_path / name).write_bytes(content)
     return {"s": SourceConfig(str(tmp_path / name))}
@@ -148,6 +155,7 @@ def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
         ("latin.txt", "é".encode("latin-1"), CorruptDataError, "latin.txt: not UTF-8"),
         ("cut.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9)[:-20], CorruptDataError, "damaged or truncated archive"),
         ("kind.csv", b"a,b", UsageError, "kind.csv is none of"),
+        ("flip.jsonl.gz", flipped_gzip(), CorruptDataError, "damaged or truncated archive"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(prepare_recipe, tmp_path, name, content, error, said):
@@ -161,12 +169,8 @@ def test_bad_input_is_named_and_leaves_nothing(prepare_recipe, tmp_path, name, c
 def test_bad_settings_are_named(prepare_recipe, tmp_path):
     cases = {
         "does not exist": {"sources": {"s": SourceConfig(str(tmp_path / "absent"))}},
-        "a source's name": {"sources": {"a/b": SourceConfig("x")}},
-        "none given": {"sources": {}},
-        "less than 2": {"sequence_length": 1},
         "cannot be filled": {"chunks": 10**6},
         "no tokenizer there": {"tokenizer": str(tmp_path / "absent.model")},
-        "negative": {"holdout": -1.0},
     }
     for said, change in cases.items():
         with pytest.raises(UsageError, match=said):
@@ -183,3 +187,34 @@ def test_manifest_states_sources_licences_and_hashes_but_no_machine(data):
     ]
     assert {"tokenizer/tokenizer.model", "documents/code.npy", "train/chunk-00004.npy"} <= manifest["files"].keys()
     assert str(data.parent) not in text
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.model", "documents/books.npy"])
+def test_changed_tokenizers_and_tables_are_not_used(data, tmp_path, file):
+    shutil.copytree(data, tmp_path / "copy")
+    target = tmp_path / "copy" / file
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.write_bytes(content)
+    dataset = Dataset(tmp_path / "copy")
+    with pytest.raises(CorruptDataError, match=target.name):
+        assert dataset.tokenizer
+        for row in range(dataset.size):
+            dataset.spans(row)
+
+
+def test_files_of_a_directory_keep_their_paths_within_it(prepare_recipe, corpus, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        shutil.copyfile(corpus / "books.jsonl", tmp_path / "s" / name / "x.jsonl")
+    manifest = prepare(
+        dataclasses.replace(prepare_recipe, sources={"s": SourceConfig(str(tmp_path / "s"))}), tmp_path / "o"
+    )
+    assert [file["name"] for file in manifest["inputs"]["sources"][0]["files"]] == ["a/x.jsonl", "b/x.jsonl"]
+
+
+def test_leftovers_of_dead_preparations_are_removed(prepare_recipe, tmp_path):
+    dead = tmp_path / ".out.999999999.tmp"
+    dead.mkdir()
+    prepare(prepare_recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

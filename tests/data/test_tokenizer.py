@@ -142,5 +142,10 @@ def test_bad_tokenizers_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CorruptDataError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="hold no text"):
+        train_tokenizer(["", "  \n"], 300, tmp_path / "t.model")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(CorruptDataError, match=r"bad\.jsonl:2: not valid JSON"):
+        train_tokenizer((d.text for d in read_documents([tmp_path / "bad.jsonl"])), 300, tmp_path / "t.model")
     with pytest.raises(UsageError, match="no vocabulary of 4000"):
         train_tokenizer(["too short"], 4000, tmp_path / "t.model")

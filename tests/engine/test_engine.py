@@ -9,7 +9,7 @@ from mobillama.data.tokenizer import load_tokenizer
 from mobillama.directory import load_model, save_model
 from mobillama.engine.load import load_engine
 from mobillama.engine.sampling import Sampling, sample
-from mobillama.engine.stream import Session, stream_text
+from mobillama.engine.stream import Session, stream_tokens, text_of
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig
@@ -63,33 +63,42 @@ def test_greedy_stream_is_the_models_own_continuation_and_stops_at_each_limit(di
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     expected = b"".join(tokenizer.token_bytes[i] for i in ids[3:]).decode("utf-8", errors="replace")
-    random, greedy = np.random.default_rng(0), Sampling(temperature=0)
-    assert "".join(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 10, random)) == expected
-    full = list(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 1000, random))
-    assert len(full) == 48 - 3 + 1 + 1  # the context's room, the token it predicts, and the flush
-    tokenizer.eos_id = ids[5]
-    assert (
-        len(list(stream_text(Session(engine), tokenizer, [5, 6, 7], greedy, 1000, random))) == ids[3:].index(ids[5]) + 1
-    )
+
+    def greedy(max_tokens: int, eos_id: int) -> list[int]:
+        return list(
+            stream_tokens(Session(engine), [5, 6, 7], eos_id, Sampling(0), max_tokens, np.random.default_rng(0))
+        )
+
+    assert greedy(10, eos_id=-1) == ids[3:]
+    assert "".join(text_of(ids[3:], tokenizer)) == expected
+    assert len(greedy(1000, eos_id=-1)) == 48 - 3 + 1  # the context's room, and the token that it predicts
+    assert greedy(1000, eos_id=ids[5]) == ids[3 : 3 + ids[3:].index(ids[5])]
 
 
 def test_streamed_characters_of_several_tokens_arrive_whole(directory):
     _, tokenizer = load_engine(directory)
-    script = [tokenizer.token_bytes.index(bytes([byte])) for byte in "é🦙".encode()]
+    tokens = [tokenizer.token_bytes.index(bytes([byte])) for byte in "é🦙".encode()]
+    assert [piece for piece in text_of(tokens, tokenizer) if piece] == ["é", "🦙"]
+    assert "".join(text_of(tokens[:3], tokenizer)) == "é\ufffd"
 
-    class Scripted:
-        context_length, vocab_size, length = 48, VOCAB, 0
 
-        def feed(self, ids):
-            logits = np.zeros(VOCAB, np.float32)
-            logits[script.pop(0)] = 1
-            return logits
+@pytest.mark.parametrize("step", ["set", "append"])
+def test_an_interrupted_session_goes_on_with_what_it_surely_holds(directory, step):
+    engine, _ = load_engine(directory)
+    session, feed = Session(engine), engine.feed
+    session.set([1, 2, 3, 4])
 
-        def truncate(self, length):
-            pass
+    def interrupted(ids):
+        feed(ids)
+        raise KeyboardInterrupt
 
-    pieces = list(stream_text(Session(Scripted()), tokenizer, [1], Sampling(0), 6, np.random.default_rng(0)))
-    assert [piece for piece in pieces if piece] == ["é", "🦙"]
+    engine.feed = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        session.set([1, 2, 9, 9, 9]) if step == "set" else session.append(5)
+    engine.feed = feed
+    fresh, _ = load_engine(directory)
+    np.testing.assert_allclose(session.set([1, 2, 3, 5, 6]), fresh.feed([1, 2, 3, 5, 6]), atol=1e-6)
+    assert engine.length == 5
 
 
 def test_sampling_draws_by_probability_within_top_k_and_top_p():

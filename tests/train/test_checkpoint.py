@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
 
 import pytest
 import torch
 
 from mobillama.data.tokenizer import load_tokenizer
-from mobillama.directory import load_model
-from mobillama.errors import UsageError
+from mobillama.directory import load_model, save_tensors
+from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, OptimizerConfig
 from mobillama.train import checkpoint
@@ -78,7 +79,7 @@ def test_weights_and_moments_come_back_bit_for_bit(save, trained):
 def test_a_save_cut_short_at_any_point_does_not_count(save, tmp_path, monkeypatch):
     """Fail at each call that writes, flushes or renames, one after another: the older checkpoint stays the newest."""
     save(1)
-    calls = ["save_model", "save_file", "write_json", "fsync_tree", "fsync_directory", "write_manifest"]
+    calls = ["save_model", "save_tensors", "write_json", "fsync_tree", "fsync_directory", "write_manifest"]
     for name in calls:
         original = getattr(checkpoint, name)
 
@@ -95,11 +96,46 @@ def test_a_save_cut_short_at_any_point_does_not_count(save, tmp_path, monkeypatc
     assert newest_whole_checkpoint(save(2).parent)[0].name == "step-000002"
 
 
+def test_a_changed_model_of_a_checkpoint_is_not_decoded(save):
+    path = save(3)
+    weights = path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1  # a flipped bit of a weight: still a valid safetensors file
+    weights.write_bytes(content)
+    with pytest.raises(CorruptDataError, match=r"model/model\.safetensors: sha256 differs from its manifest"):
+        load_model(path / "model")
+
+
 def test_keep_newest_and_listing(save, tmp_path):
     for step in (1, 2, 10, 1_000_000):
         save(step)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 10, 1_000_000]
-    keep_newest(tmp_path, 0)
+    (tmp_path / "step-2-backup").mkdir()
+    keep_newest(tmp_path, 1_000_000, 0)
     assert len(list_checkpoints(tmp_path)) == 4
-    keep_newest(tmp_path, 2)
+    keep_newest(tmp_path, 10, 1)  # the newer one was passed over as damaged
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 1_000_000]
+    assert remove_leftovers(tmp_path) == []
+    assert (tmp_path / "step-2-backup").is_dir()
+
+
+def test_a_full_disk_is_an_error_that_says_so(save, tmp_path):
+    """The real failure of safetensors, on a file system of one mebibyte, where the machine lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        (small / "filler").write_bytes(bytes(900_000))
+        with pytest.raises(OSError, match="No space left"):
+            save_tensors(small / "t.safetensors", {"t": torch.zeros(200_000)})
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_weights_are_readable_as_the_umask_says(save):
+    weights = save(1) / "model" / "model.safetensors"
+    assert weights.stat().st_mode & 0o777 == (weights.parent / "config.json").stat().st_mode & 0o777

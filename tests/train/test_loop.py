@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +20,10 @@ from safetensors.torch import load_file
 from conftest import run_cli
 from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
+from mobillama.data.prepare import prepare
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
 from mobillama.recipe import PretrainRecipe
-from mobillama.train.checkpoint import list_checkpoints
+from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
 
 COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
@@ -159,10 +162,15 @@ def test_a_signal_saves_and_exits_75_and_the_second_leaves_at_once(recipe_file, 
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][0]
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == saved
     process = started()
+    process.send_signal(signal.SIGSTOP)  # both signals wait, so that the second finds the first one's save not begun
     process.send_signal(number)
-    process.send_signal(number)
+    other = signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
+    process.send_signal(signal.SIGCONT)
+    while "once more" not in process.stderr.readline():
+        pass
+    process.send_signal(other)
     process.communicate(timeout=30)
-    assert process.returncode in (75, -number)
+    assert process.returncode in (75, -other)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -216,13 +224,11 @@ def test_another_recipe_or_other_data_cannot_take_over_a_run(recipe_file, prepar
     pretrain(recipe_of(recipe_file), Silent())
     with pytest.raises(UsageError, match=r"optimizer\.learning_rate = 0\.003, the recipe says 0\.1"):
         pretrain(recipe_of(recipe_file, "--optimizer.learning_rate", "0.1"), Silent())
-    import dataclasses
-
-    from mobillama.data.prepare import prepare
-
     prepare(dataclasses.replace(prepare_recipe, seed=1), tmp_path / "other-data")
-    with pytest.raises(UsageError, match="trained on other data"):
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match="learns from other data"):
         pretrain(recipe_of(recipe_file, "--data", str(tmp_path / "other-data")), Silent())
+    assert files == {path: path.read_bytes() for path in files}
     pretrain(recipe_of(recipe_file, "--train.micro_batch_size", "2"), Silent())
 
 
@@ -240,8 +246,8 @@ def test_divergence_stops_with_the_last_good_checkpoint(recipe_file, tmp_path):
     with pytest.raises(DivergedError, match=r"step \d+: loss nan.*lower optimizer\.learning_rate") as caught:
         pretrain(recipe_of(recipe_file, *wild), Silent())
     assert caught.value.exit_code == 5
-    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
-        assert path.is_dir()
+    good, _ = newest_whole_checkpoint(tmp_path / "run" / "checkpoints")
+    assert all(tensor.isfinite().all() for tensor in load_file(good / "model" / "model.safetensors").values())
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -251,3 +257,28 @@ def test_bfloat16_training_learns_too(recipe_file, tmp_path):
     losses = [line["loss"] for line in series if line["kind"] == "step"]
     assert losses[-1] < losses[0] - 0.5
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_lost_checkpoints_are_not_taken_for_a_fresh_start(recipe_file, tmp_path):
+    pretrain(recipe_of(recipe_file), Silent())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UsageError, match=r"records 12 steps, but .* holds no checkpoint"):
+        pretrain(recipe_of(recipe_file), Silent())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_precision_cannot_continue_a_run(recipe_file):
+    options = ["--train.precision", "auto", "--train.steps", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mobillama.train.device._has_fast_bfloat16", lambda device: False)
+        pretrain(recipe_of(recipe_file, *options), Silent())
+        patch.setattr("mobillama.train.device._has_fast_bfloat16", lambda device: True)
+        with pytest.raises(UsageError, match=r"computed in float32.*set train\.precision to float32"):
+            pretrain(recipe_of(recipe_file, *options), Silent())
+
+
+def test_a_data_set_without_hold_out_has_no_validation(recipe_file, prepare_recipe, tmp_path):
+    prepare(dataclasses.replace(prepare_recipe, holdout=0.0), tmp_path / "all")
+    pretrain(recipe_of(recipe_file, "--data", str(tmp_path / "all")), Silent())
+    assert "validation" not in (tmp_path / "run" / "metrics.jsonl").read_text()

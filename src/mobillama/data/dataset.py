@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from mobillama.data.layout import Layout, SourceCount
 from mobillama.data.order import order
-from mobillama.data.prepare import DOCUMENT, FORMAT
+from mobillama.data.prepare import FORMAT
 from mobillama.data.store import SequenceFile
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer
-from mobillama.errors import CorruptDataError
 from mobillama.record.files import sha256_json
-from mobillama.record.manifest import read_manifest
+from mobillama.record.manifest import read_manifest, verify_manifest
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ class Dataset:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the ids."""
+        """The tokenizer that made the ids, its files checked against the manifest."""
+        verify_manifest(self.path, self.manifest, "tokenizer/")
         return load_tokenizer(self.path / "tokenizer")
 
     def rows_of_step(self, seed: int, step: int, batch_size: int) -> NDArray[np.int64]:
@@ -111,7 +111,7 @@ class Dataset:
         return ids
 
     def holdout(self, source: str, limit: int = 0) -> NDArray[np.int64]:
-        """Return the first ``limit`` (0: all) held-out sequences of a source."""
+        """Return the first ``limit`` (0: all) held-out sequences of a source, each checked against its hash."""
         entry = next(entry for entry in self.manifest["holdout"] if entry["source"] == source)
         count = min(limit or entry["rows"], entry["rows"])
         return self._sequence_file(entry).read(np.arange(count))
@@ -142,13 +142,9 @@ class Dataset:
 
     @functools.cache  # noqa: B019 a data set lives as long as its process
     def _documents(self, source: str) -> NDArray[np.void]:
-        path = self.path / "documents" / f"{source}.npy"
-        try:
-            table: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CorruptDataError(f"{path}: missing or damaged ({error}); prepare the data again") from None
-        if table.dtype != DOCUMENT:
-            raise CorruptDataError(f"{path}: not a table of documents; prepare the data again")
+        name = f"documents/{source}.npy"
+        verify_manifest(self.path, self.manifest, name)
+        table: NDArray[np.void] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         return table
 
     def _sequence_file(self, entry: dict[str, Any]) -> SequenceFile:

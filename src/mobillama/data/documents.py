@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_documents(files: list[Path], text_field: str = "text") -> Iterator[Docu
                 continue
             with _open_lines(path) as lines:
                 yield from _read_lines(lines, path, number, text_field)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             raise CorruptDataError(f"{path}: damaged or truncated archive ({error}); fetch it again") from None
         except UnicodeDecodeError as error:
             raise CorruptDataError(f"{path}: not UTF-8 ({error}); convert it first") from None

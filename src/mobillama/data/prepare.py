@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +20,9 @@ from mobillama.data.documents import Document, read_documents, source_files
 from mobillama.data.layout import Layout, SourceCount
 from mobillama.data.store import id_type, write_sequences
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_digest
-from mobillama.errors import CorruptDataError, UsageError
+from mobillama.errors import UsageError
 from mobillama.recipe import PrepareRecipe, SourceConfig
-from mobillama.record.files import fsync_tree, sha256_file
+from mobillama.record.files import new_directory, sha256_file
 from mobillama.record.manifest import read_manifest, write_manifest
 from mobillama.record.merkle import merkle_root
 
@@ -52,41 +50,21 @@ def prepare(recipe: PrepareRecipe, out: Path, progress: Progress = no_progress) 
         progress: told (stage, done, total) as it goes.
 
     Raises:
-        UsageError: a source is missing, empty or shorter than one sequence; ``out`` holds something else.
-        CorruptDataError: a document cannot be read, or a file ran full.
+        UsageError: a source is missing, empty or shorter than one sequence; ``out`` holds something else or cannot be
+            written.
+        CorruptDataError: a document cannot be read.
     """
-    _check(recipe)
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     files = {name: source_files(Path(source.path), name) for name, source in recipe.sources.items()}
     inputs = _describe_inputs(recipe, tokenizer, files)
     if out.exists():
         return _existing(out, inputs)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        manifest = _prepare_into(work, recipe, tokenizer, files, inputs, progress)
-        os.rename(work, out)
+        with new_directory(out) as work:
+            return _prepare_into(work, recipe, tokenizer, files, inputs, progress)
     except OSError as error:
-        raise CorruptDataError(
-            f"{out}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return manifest
-
-
-def _check(recipe: PrepareRecipe) -> None:
-    if not recipe.sources:
-        raise UsageError("sources: none given; name at least one source of documents")
-    for name in recipe.sources:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UsageError(f"sources.{name}: a source's name is letters, digits, '-' and '_'")
-    if recipe.sequence_length < 2:
-        raise UsageError(f"sequence_length: {recipe.sequence_length} is less than 2")
-    if recipe.chunks < 1:
-        raise UsageError(f"chunks: {recipe.chunks} is not a positive number")
-    if recipe.holdout < 0:
-        raise UsageError(f"holdout: {recipe.holdout} is negative")
+        where = error.filename or out
+        raise UsageError(f"{where}: {error.strerror}; free space, or choose another place") from None
 
 
 def _describe_inputs(recipe: PrepareRecipe, tokenizer: Tokenizer, files: dict[str, list[Path]]) -> dict[str, Any]:
@@ -97,6 +75,7 @@ def _describe_inputs(recipe: PrepareRecipe, tokenizer: Tokenizer, files: dict[st
         "chunks": recipe.chunks,
         "seed": recipe.seed,
         "tokenizer": tokenizer_digest(tokenizer),
+        "tokenizer_file": sha256_file(tokenizer.path),
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "sources": [
@@ -104,11 +83,20 @@ def _describe_inputs(recipe: PrepareRecipe, tokenizer: Tokenizer, files: dict[st
                 "name": name,
                 "licence": source.licence,
                 "text_field": source.text_field,
-                "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files[name]],
+                "files": [
+                    {"name": _name_within(source, file), "bytes": file.stat().st_size, "sha256": sha256_file(file)}
+                    for file in files[name]
+                ],
             }
             for name, source in recipe.sources.items()
         ],
     }
+
+
+def _name_within(source: SourceConfig, file: Path) -> str:
+    """Return a file's path within its source's directory: no machine's paths, and no two names alike."""
+    root = Path(source.path)
+    return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
 def _existing(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +139,6 @@ def _prepare_into(
     del streams
     shutil.rmtree(work / "streams")
     save_tokenizer(tokenizer, work / "tokenizer")
-    fsync_tree(work)
     return write_manifest(
         work,
         {
@@ -208,7 +195,7 @@ def _count(name: str, facts: dict[str, Any], recipe: PrepareRecipe) -> dict[str,
     if sequences - holdout < 1:
         raise UsageError(
             f"sources.{name}: {facts['tokens']} tokens give {sequences} sequences of {recipe.sequence_length}, of which "
-            f"{round(held)} are to be held out; nothing is left to train on: use more text, a shorter sequence_length or "
+            f"{holdout} are to be held out; nothing is left to train on: use more text, a shorter sequence_length or "
             "a smaller holdout"
         )
     return {**facts, "dropped_tokens": dropped, "sequences": sequences, "holdout_sequences": holdout}

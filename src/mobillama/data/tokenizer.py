@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.record.files import replaced_file, write_json
+from mobillama.record.files import read_json, replaced_file, write_json
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -96,7 +96,7 @@ class JsonTokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = self.backend.get_vocab_size()
+        self.vocab_size = 1 + max(self.backend.get_vocab().values(), default=-1)
         self._specials = {t["id"] for t in self._description.get("added_tokens", []) if t.get("special")}
         self.bos_id, eos_id = self._find_special("bos_token"), self._find_special("eos_token")
         if eos_id is None:
@@ -116,7 +116,7 @@ class JsonTokenizer:
 
     def _find_special(self, name: str) -> int | None:
         config = self.path.with_name(CONFIG_FILE)
-        token = json.loads(config.read_text(encoding="utf-8")).get(name) if config.is_file() else None
+        token = read_json(config).get(name) if config.is_file() else None
         if token is None and name == "eos_token":
             token = next((t for t in ("</s>", "<|endoftext|>") if self.backend.token_to_id(t) is not None), None)
         content = token.get("content") if isinstance(token, dict) else token
@@ -170,14 +170,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
 
     Raises:
         UsageError: the texts are too few for the vocabulary.
+        Exception: whatever reading the texts raises.
     """
     import sentencepiece
 
-    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    lines = _Lines(texts)
     model = io.BytesIO()  # written here, since a file's name would become part of the model
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -192,11 +193,34 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
+        if not lines.count:
+            raise UsageError("texts: hold no text; give files with documents") from None
         reason = str(error).split(") ")[-1].split("]")[-1].strip()
         raise UsageError(f"vocab_size: no vocabulary of {vocab_size} can be made of these texts ({reason})") from None
     with replaced_file(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)
+
+
+class _Lines:
+    """Lines for sentencepiece, which hides what its iterator raises: the error is kept for the caller."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts, self.count = texts, 0
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                for line in text.split("\n"):
+                    if line.strip():
+                        self.count += 1
+                        yield line
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

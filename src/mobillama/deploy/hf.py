@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.directory import load_model, save_model
 from mobillama.errors import UsageError, VerificationError
 from mobillama.hf.unshare import unshare
+from mobillama.record.files import new_directory
 
 TOLERANCE = 1e-4
 
@@ -36,9 +35,7 @@ def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
         raise UsageError(f"{out}: exists; choose another directory or remove it")
     model = load_model(source)
     tokenizer = load_tokenizer(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with new_directory(out) as work:
         if unshared:
             twin = unshare(model.state_dict(), model.model.shape)
             twin.config.bos_token_id = twin.generation_config.bos_token_id = tokenizer.bos_id
@@ -48,9 +45,6 @@ def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
         else:
             save_model(work, model.model.shape, model.state_dict(), tokenizer)
         parity = _parity(model, work)
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")), **parity}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,17 @@ class Session:
         """
         pairs = enumerate(zip(self._ids, ids, strict=False))
         shared = next((place for place, (held, wanted) in pairs if held != wanted), min(len(self._ids), len(ids)))
-        keep = min(shared, len(ids) - 1)
-        self.engine.truncate(keep)
-        logits = self.engine.feed(ids[keep:])
+        self._ids = self._ids[: min(shared, len(ids) - 1)]  # all that surely holds if feeding is interrupted
+        self.engine.truncate(len(self._ids))
+        logits = self.engine.feed(ids[len(self._ids) :])
         self._ids = list(ids)
         return logits
 
     def append(self, token: int) -> NDArray[np.float32]:
         """Take in one more token; return the logits that follow."""
+        logits = self.engine.feed([token])
         self._ids.append(token)
-        return self.engine.feed([token])
+        return logits
 
     @property
     def is_full(self) -> bool:
@@ -45,30 +46,35 @@ class Session:
         return len(self._ids) >= self.engine.context_length
 
 
-def stream_text(
+def stream_tokens(
     session: Session,
-    tokenizer: Tokenizer,
     ids: Sequence[int],
+    eos_id: int,
     sampling: Sampling,
     max_tokens: int,
     random: np.random.Generator,
-) -> Iterator[str]:
-    """Yield the continuation of ``ids``, one piece of text a token, until the end mark or a limit.
+) -> Iterator[int]:
+    """Yield the ids that continue ``ids``, until the end mark, ``max_tokens`` or a full context.
 
-    A character of several tokens is yielded once it is whole. Decoding ends at ``max_tokens`` or when the context is
-    full; the end mark itself is neither yielded nor fed.
+    The end mark itself is neither yielded nor fed.
 
     Raises:
         ValueError: ``ids`` is empty or does not fit the context.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     logits = session.set(ids)
     for remaining in range(max_tokens, 0, -1):
         token = sample(logits, sampling, random)
-        if token == tokenizer.eos_id:
-            break
-        yield utf8.decode(tokenizer.token_bytes[token])
+        if token == eos_id:
+            return
+        yield token
         if session.is_full or remaining == 1:
-            break
+            return
         logits = session.append(token)
+
+
+def text_of(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of ids as they come, one piece each; a character of several tokens is yielded once it is whole."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield utf8.decode(tokenizer.token_bytes[token])
     yield utf8.decode(b"", final=True)

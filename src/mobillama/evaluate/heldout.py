@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.dataset import Dataset
+from mobillama.data.tokenizer import load_tokenizer, tokenizer_digest
 from mobillama.directory import load_model
 from mobillama.errors import UsageError
 from mobillama.evaluate.baselines import (
@@ -18,7 +19,7 @@ from mobillama.evaluate.baselines import (
     gzip_bits_per_byte,
     xz_bits_per_byte,
 )
-from mobillama.train.device import choose_autocast, choose_device
+from mobillama.train.device import autocast_to, choose_device
 from mobillama.train.validation import combined, validate
 
 
@@ -32,16 +33,17 @@ def evaluate_heldout(
     """Return a model's loss on the hold-out: overall and by source.
 
     Raises:
-        UsageError: the model's vocabulary is not the data set's, or nothing is held out.
+        UsageError: the model's tokenizer is not the data set's, nothing is held out, or ``limit`` is negative.
     """
+    if limit < 0:
+        raise UsageError(f"--limit: {limit} is negative; 0 takes the whole hold-out")
     chosen = choose_device(device)
     model = load_model(model_directory, device=chosen)
-    vocabulary = model.model.shape.vocab_size
-    if vocabulary != dataset.vocab_size:
+    if tokenizer_digest(load_tokenizer(model_directory)) != dataset.manifest["inputs"]["tokenizer"]:
         raise UsageError(
-            f"{model_directory}: has {vocabulary} ids, the tokenizer of {dataset.path} {dataset.vocab_size}"
+            f"{model_directory}: has another tokenizer than {dataset.path}; use the data it was trained on"
         )
-    losses = validate(model, dataset, chosen, choose_autocast("float32", chosen), 8, limit, progress)
+    losses = validate(model, dataset, chosen, autocast_to("float32", chosen), 8, limit, progress)
     if not losses:
         raise UsageError(f"{dataset.path}: nothing is held out; prepare it with holdout above 0")
     return {

@@ -14,7 +14,7 @@ from mobillama.directory import STUB, STUB_FILE
 from mobillama.hf.configuration import MobiLlamaConfig
 from mobillama.model.linear import Linear
 from mobillama.model.loss import IGNORE, token_losses
-from mobillama.model.transformer import Decoder
+from mobillama.model.transformer import Decoder, initialise_module
 from mobillama.record.files import write_text
 
 
@@ -86,10 +86,7 @@ class MobiLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_btv, past_key_values=past_key_values)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+        initialise_module(module, self.config.shape)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Save as transformers does, with the stub that lets stock tools load the directory."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobillama.model.linear import Linear
+from mobillama.model.linear import Linear, to_compute_type
 from mobillama.recipe import ModelConfig
 
 
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, config.key_value_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, config.key_value_heads * self.head_dim)
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size, into_residual=True)
 
     def forward(
         self,
@@ -147,6 +147,7 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         """Return the attention output (b, t, c); ``layer`` is the layer's place in the cache."""
+        x_btc = to_compute_type(x_btc)
         q_bhtd, k_bhtd, v_bhtd = (
             projection(x_btc).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

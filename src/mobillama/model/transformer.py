@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobillama.model.attention import Attention, AttentionCache, attention_mask, rotary_tables
-from mobillama.model.linear import Linear
+from mobillama.model.linear import Linear, to_compute_type
 from mobillama.recipe import ModelConfig
 
 
@@ -26,10 +26,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, into_residual=True)
 
     def forward(self, x_btc: Tensor) -> Tensor:
         """Map (b, t, c) to (b, t, c)."""
+        x_btc = to_compute_type(x_btc)
         return self.down_proj(F.silu(self.gate_proj(x_btc)) * self.up_proj(x_btc))
 
 
@@ -146,18 +147,23 @@ def default_positions(
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw all weights from N(0, initializer_range), norms 1: the same bits on every device and whatever came before.
+    """Draw all weights anew: the same bits on every device and whatever came before."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        initialise_module(module, config, generator)
+
+
+@torch.no_grad()
+def initialise_module(module: nn.Module, config: ModelConfig, generator: Optional[torch.Generator] = None) -> None:
+    """Draw a matrix from N(0, initializer_range), set a norm to 1; leave other modules alone.
 
     With ``scale_residual_init`` the projections back into the residual stream start smaller by sqrt(2 L).
     """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-            continue
+    if isinstance(module, nn.RMSNorm):
+        module.weight.fill_(1.0)
+    elif isinstance(module, nn.Linear | nn.Embedding):
         std = config.initializer_range
-        if config.scale_residual_init and name.endswith(("o_proj.weight", "down_proj.weight")):
+        if config.scale_residual_init and getattr(module, "into_residual", False):
             std /= math.sqrt(2 * config.num_hidden_layers)
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        module.weight.copy_(torch.empty(module.weight.shape).normal_(0.0, std, generator=generator))

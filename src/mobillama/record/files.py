@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mobillama.errors import CorruptDataError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -68,6 +71,54 @@ def replaced_file(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory; on success it becomes ``path`` at once and durably, on an error it is removed.
+
+    What a killed process left of an earlier attempt is removed first.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if not _is_alive(leftover.name.split(".")[-2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        fsync_tree(work)
+        os.rename(work, path)
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        CorruptDataError: the file is missing, is not JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorruptDataError(f"{path}: missing; restore it from a copy") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptDataError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
+    if not isinstance(value, dict):
+        raise CorruptDataError(f"{path}: holds no JSON object; restore it from a copy")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,12 +5,11 @@ A directory without a whole manifest does not count as written; a directory whos
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.record.files import sha256_file, write_json
+from mobillama.record.files import read_json, sha256_file, write_json
 
 MANIFEST_NAME = "manifest.json"
 
@@ -36,24 +35,25 @@ def read_manifest(directory: Path, expected_format: str) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no manifest, or it describes something else than ``expected_format``.
-        CorruptDataError: it is not JSON.
+        CorruptDataError: it is not JSON, or lists no files.
     """
     path = directory / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{directory}: no {MANIFEST_NAME} there, so this is no finished {expected_format}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptDataError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != expected_format:
+    if not path.is_file():
+        raise UsageError(f"{directory}: no {MANIFEST_NAME} there, so this is no finished {expected_format}")
+    manifest = read_json(path)
+    if manifest.get("format") != expected_format:
+        found = manifest.get("format")
         raise UsageError(f"{path}: describes {found!r}, not {expected_format!r}; point to the right directory")
-    return dict(manifest)
+    if not isinstance(manifest.get("files"), dict):
+        raise CorruptDataError(f"{path}: lists no files; restore it from a copy")
+    return manifest
 
 
-def find_damage(directory: Path, manifest: dict[str, Any]) -> str | None:
-    """Return a line that names the first file that differs from the manifest and how, or None when all are whole."""
+def find_damage(directory: Path, manifest: dict[str, Any], prefix: str = "") -> str | None:
+    """Return a line on the first file (whose name starts with ``prefix``) that differs from the manifest, or None."""
     for name, fact in manifest["files"].items():
+        if not name.startswith(prefix):
+            continue
         path = directory / name
         if not path.is_file():
             return f"{path}: missing"
@@ -65,12 +65,12 @@ def find_damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def verify_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Hash every file that the manifest names.
+def verify_manifest(directory: Path, manifest: dict[str, Any], prefix: str = "") -> None:
+    """Hash every file that the manifest names (or those whose names start with ``prefix``).
 
     Raises:
         CorruptDataError: a file is missing, truncated or changed; the message names it.
     """
-    damage = find_damage(directory, manifest)
+    damage = find_damage(directory, manifest, prefix)
     if damage:
         raise CorruptDataError(f"{damage}; restore it from a copy or make {directory} again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import numpy as np
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.interface import Engine
 from mobillama.engine.sampling import Sampling
-from mobillama.engine.stream import Session, stream_text
+from mobillama.engine.stream import Session, stream_tokens, text_of
 
 HELP = "/reset forgets the conversation · /help shows this · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
 
@@ -30,37 +31,33 @@ class Conversation:
         self._session, self._tokenizer = Session(engine), tokenizer
         self._sampling, self._max_tokens = sampling, max_tokens
         self._random = np.random.default_rng(seed)
-        self._turns: list[str] = []
+        self._turns: list[list[int]] = []
         self.dropped_turns = 0
 
     def answer(self, text: str) -> Iterator[str]:
         """Yield the pieces of the answer to ``text``; oldest turns that no longer fit are dropped whole and counted."""
-        self._turns.append(text)
-        pieces: list[str] = []
-        try:
-            ids = self._fitting_ids()
-            for piece in stream_text(
-                self._session, self._tokenizer, ids, self._sampling, self._max_tokens, self._random
-            ):
-                pieces.append(piece)
-                yield piece
-        finally:
-            self._turns.append("".join(pieces))
+        self._turns += self._tokenizer.encode(["\n" + text if self._turns else text])
+        self._turns.append([])
+        yield from text_of(self._answer_tokens(), self._tokenizer)
 
     def reset(self) -> None:
         """Forget the conversation."""
         self._turns.clear()
 
+    def _answer_tokens(self) -> Iterator[int]:
+        ids, eos_id = self._fitting_ids(), self._tokenizer.eos_id
+        for token in stream_tokens(self._session, ids, eos_id, self._sampling, self._max_tokens, self._random):
+            self._turns[-1].append(token)
+            yield token
+
     def _fitting_ids(self) -> list[int]:
         context = self._session.engine.context_length
         room = context - min(self._max_tokens, context // 2)
         self.dropped_turns = 0
-        while True:
-            (ids,) = self._tokenizer.encode(["\n".join(self._turns)])
-            if len(ids) <= room or len(self._turns) == 1:
-                return ids[-room:]
+        while len(self._turns) > 2 and sum(map(len, self._turns)) > room:
             del self._turns[:2]
             self.dropped_turns += 2
+        return list(itertools.chain(*self._turns))[-room:]
 
 
 def chat(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
@@ -90,6 +87,7 @@ def _show_answer(conversation: Conversation, text: str, write: Callable[[str], N
             pieces += 1
     except KeyboardInterrupt:
         write(" …")
-    speed = f"{pieces / (time.perf_counter() - started):.1f} tokens/s"
+    tokens = max(0, pieces - 1)  # the last piece only completes the text
+    speed = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.1f} a second with reading the prompt"
     dropped = f"; {conversation.dropped_turns} oldest turns no longer fit and were dropped"
     write(f"\n({speed}{dropped if conversation.dropped_turns else ''})\n\n")

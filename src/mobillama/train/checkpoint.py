@@ -6,7 +6,6 @@ an interrupted save. Before use every file is hashed; a damaged checkpoint is pa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobillama.data.tokenizer import Tokenizer
-from mobillama.directory import WEIGHTS_FILE, read_weights, save_model
+from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, read_weights, save_model, save_tensors
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import ModelConfig
-from mobillama.record.files import fsync_directory, fsync_tree, write_json
+from mobillama.record.files import fsync_directory, fsync_tree, read_json, write_json
 from mobillama.record.manifest import MANIFEST_NAME, find_damage, read_manifest, write_manifest
 
-FORMAT = "mobillama-checkpoint-1"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,12 +33,13 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """Return (steps, path) of the committed checkpoints, oldest first; not yet verified."""
-    found = []
-    for path in directory.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / MANIFEST_NAME).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    return [(step, path) for step, path in _step_directories(directory) if (path / MANIFEST_NAME).is_file()]
+
+
+def _step_directories(directory: Path) -> list[tuple[int, Path]]:
+    """Return (steps, path) of the directories that have a checkpoint's name, oldest first."""
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in directory.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def save_checkpoint(
@@ -63,13 +61,13 @@ def save_checkpoint(
     try:
         save_model(work / "model", config, model.state_dict(), tokenizer)
         (work / "optimizer").mkdir()
-        save_file(_optimizer_tensors(model, optimizer), work / "optimizer" / OPTIMIZER_FILE)
+        save_tensors(work / "optimizer" / OPTIMIZER_FILE, _optimizer_tensors(model, optimizer))
         write_json(work / "state.json", {**state, "step": step, "updates": _updates(optimizer)})
         fsync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
         fsync_directory(directory)
-        write_manifest(final, {"format": FORMAT, "step": step})
+        write_manifest(final, {"format": CHECKPOINT_FORMAT, "step": step})
     except OSError as error:
         raise UsageError(
             f"{final}: cannot be written ({error.strerror}); free space and run the same command again"
@@ -79,16 +77,23 @@ def save_checkpoint(
     return final
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what interrupted saves left: temporary directories and directories without manifest."""
-    for path in [*directory.glob(".step-*.tmp"), *directory.glob("step-*")]:
-        if path.suffix == ".tmp" or not (path / MANIFEST_NAME).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Remove what interrupted saves left (temporary directories, checkpoints without manifest); return their paths."""
+    leftovers = list(directory.glob(".step-*.tmp"))
+    leftovers += [path for _, path in _step_directories(directory) if not (path / MANIFEST_NAME).is_file()]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return leftovers
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints (0 keeps all); the manifest goes first, so none is left half."""
-    for _, path in list_checkpoints(directory)[:-count] if count else []:
+def keep_newest(directory: Path, step: int, count: int) -> None:
+    """Remove all but the ``count`` newest checkpoints up to ``step`` (0 keeps all).
+
+    Newer ones are those that a resume passed over as damaged: they are replaced when their step comes again. The manifest
+    goes first, so that no checkpoint is left half.
+    """
+    past = [path for number, path in list_checkpoints(directory) if number <= step]
+    for path in past[:-count] if count else []:
         (path / MANIFEST_NAME).unlink()
         shutil.rmtree(path)
 
@@ -102,7 +107,7 @@ def newest_whole_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     damaged: list[str] = []
     for _, path in reversed(list_checkpoints(directory)):
         try:
-            damage = find_damage(path, read_manifest(path, FORMAT))
+            damage = find_damage(path, read_manifest(path, CHECKPOINT_FORMAT))
         except (CorruptDataError, UsageError) as error:
             damage = str(error)
         if damage is None:
@@ -115,7 +120,7 @@ def newest_whole_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json."""
-    return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
+    return read_json(path / "state.json")
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -141,7 +146,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
+        f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
         for moment in _MOMENTS
         if parameter in optimizer.state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Callable
 
 import torch
@@ -13,23 +15,41 @@ def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
-        UsageError: torch knows no such device, or it is not there.
+        UsageError: it is no device that training supports, or it is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"train.device: unknown device '{name}'; use cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device: cuda is asked for, but torch sees no CUDA device here; use cpu or auto")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"device: unknown device '{name}'; use cpu, cuda, cuda:N or auto")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: '{name}' is asked for, but torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
 
 
-def choose_autocast(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
-    """Return a factory of autocast contexts: bfloat16 when asked for or (``auto``) fast on this hardware, else none."""
-    enabled = precision == "bfloat16" or (precision == "auto" and _has_fast_bfloat16(device))
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def choose_precision(asked: str, device: torch.device) -> str:
+    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where this hardware multiplies it fast."""
+    if asked == "auto":
+        return "bfloat16" if _has_fast_bfloat16(device) else "float32"
+    return asked
+
+
+def autocast_to(precision: str, device: torch.device) -> Callable[[], torch.autocast]:
+    """Return a factory of autocast contexts that compute in ``precision``."""
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep freed memory for the next step instead of giving it back to the system.
+
+    Activations of a CPU step are megabytes each, and mapping and clearing their pages anew in every step takes a good
+    part of its time. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def describe_device(device: torch.device) -> str:

@@ -15,17 +15,15 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import yaml
 
-import mobillama
-from mobillama.config import flatten, resolved, to_yaml
+from mobillama.config import flatten, read_mapping, resolved, to_yaml
 from mobillama.data.dataset import Dataset, partition
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
-from mobillama.model.loss import token_losses
+from mobillama.model.loss import linear_cross_entropy
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import RESUMABLE_CHANGES, PretrainRecipe
 from mobillama.record.environment import environment
-from mobillama.record.files import write_json, write_text
+from mobillama.record.files import read_json, sha256_json, write_json, write_text
 from mobillama.record.lock import locked
 from mobillama.train.checkpoint import (
     keep_newest,
@@ -35,7 +33,7 @@ from mobillama.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from mobillama.train.device import choose_autocast, choose_device, describe_device
+from mobillama.train.device import autocast_to, choose_device, choose_precision, describe_device, keep_freed_memory
 from mobillama.train.optimizer import build_optimizer, learning_rate
 from mobillama.train.validation import combined, validate
 
@@ -80,34 +78,42 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
         reporter: told of every record.
 
     Raises:
-        UsageError: recipe and data do not fit, the run directory belongs to another recipe or another process.
+        UsageError: recipe and data do not fit, the run directory belongs to another recipe or another process, or is none.
         CorruptDataError: data or every checkpoint is damaged.
         DivergedError: a loss or gradient norm is not finite; the last checkpoint stays as it was.
         Stopped: SIGINT or SIGTERM came; the run saved itself.
     """
     dataset = Dataset(Path(recipe.data))
     _check_fit(recipe, dataset)
+    choose_device(recipe.train.device)
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "a trainer"):
-        _claim(run, recipe, dataset)
-        return _Run(recipe, dataset, run, reporter).execute()
+        facts = {**environment(), "device": describe_device(choose_device(recipe.train.device))}
+        _claim(run, recipe, dataset, facts)
+        return _Run(recipe, dataset, run, reporter, facts).execute()
 
 
 class _Run:
     """State of a run in one process."""
 
-    def __init__(self, recipe: PretrainRecipe, dataset: Dataset, run: Path, reporter: Reporter) -> None:
-        self.recipe, self.dataset, self.run, self.reporter = recipe, dataset, run, reporter
+    def __init__(
+        self, recipe: PretrainRecipe, dataset: Dataset, run: Path, reporter: Reporter, facts: dict[str, Any]
+    ) -> None:
+        self.recipe, self.dataset, self.run, self.reporter, self.environment = recipe, dataset, run, reporter, facts
         self.checkpoints = run / "checkpoints"
         self.checkpoints.mkdir(exist_ok=True)
         self.device = choose_device(recipe.train.device)
-        self.autocast = choose_autocast(recipe.train.precision, self.device)
+        self.precision = choose_precision(recipe.train.precision, self.device)
+        self.autocast = autocast_to(self.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         model = MobiLlama(recipe.model)
         initialise(model, recipe.model, recipe.seed)
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if recipe.train.compile else self.model
+        decoder = self.model.model
+        self.decoder: Callable[..., torch.Tensor] = torch.compile(decoder) if recipe.train.compile else decoder
         self.tokens_per_step = recipe.train.batch_size * (dataset.sequence_length - 1)
 
     def execute(self) -> Path:
@@ -124,7 +130,7 @@ class _Run:
                 done = step + 1
                 last = done == steps
                 if recipe.train.validate_every and (last or done % recipe.train.validate_every == 0):
-                    self._record(self._validate(done))
+                    self._validate(done)
                 if last or stop.requested or done % recipe.train.checkpoint_every == 0:
                     path = self._save(done)
                 if stop.requested and not last:
@@ -133,18 +139,25 @@ class _Run:
         return path
 
     def _resume(self) -> tuple[Path | None, int]:
-        remove_leftovers(self.checkpoints)
+        for leftover in remove_leftovers(self.checkpoints):
+            self.reporter.on_note(f"{leftover}: an interrupted save, removed")
         path, damaged = newest_whole_checkpoint(self.checkpoints)
         for line in damaged:
             self.reporter.on_note(f"{line}; using an older checkpoint")
         metrics = self.run / METRICS_FILE
         if path is None:
+            if _recorded_steps(metrics) > self.recipe.train.checkpoint_every:
+                raise UsageError(
+                    f"{metrics}: records {_recorded_steps(metrics)} steps, but {self.checkpoints} holds no checkpoint; "
+                    f"restore them, or remove {self.run} to start anew"
+                )
             metrics.unlink(missing_ok=True)
             return None, 0
         state = read_state(path)
-        if state["data"] != self.dataset.digest:
+        if state["precision"] != self.precision:
             raise UsageError(
-                f"{path}: was trained on other data than {self.dataset.path}; point 'data' to the same data set"
+                f"{path}: was computed in {state['precision']}, this machine would go on in {self.precision}; "
+                f"set train.precision to {state['precision']}"
             )
         load_checkpoint(path, self.model, self.optimizer)
         if not metrics.is_file() or metrics.stat().st_size < state["metrics_bytes"]:
@@ -166,10 +179,10 @@ class _Run:
             ids = torch.from_numpy(batch.ids).to(self.device)
             sources = torch.from_numpy(batch.sources).to(self.device)
             with self.autocast():
-                logits = self.forward(ids[:, :-1])
-            losses_bt = token_losses(logits, ids[:, 1:])
-            torch.autograd.backward(losses_bt.sum() / self.tokens_per_step)
-            by_source.index_add_(0, sources, losses_bt.detach().double().sum(1))
+                hidden_btc = self.decoder(ids[:, :-1])
+                total, losses_bt = linear_cross_entropy(hidden_btc, self.model.lm_head.weight, ids[:, 1:])
+            torch.autograd.backward(total / self.tokens_per_step)
+            by_source.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
         limit = recipe.optimizer.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
@@ -177,7 +190,7 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate and start a new run, "
-                f"or look at this step's data: mobillama data show {self.dataset.path} --step {step + 1}"
+                f"or look at this step's data: mobillama data show {self.run} --step {step + 1}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -194,16 +207,14 @@ class _Run:
             "tokens_per_second": self.tokens_per_step / (time.perf_counter() - started),
         }
 
-    def _validate(self, step: int) -> dict[str, Any]:
+    def _validate(self, step: int) -> None:
         micro, limit = self.recipe.train.micro_batch_size, self.recipe.train.validate_sequences
         losses = validate(self.model, self.dataset, self.device, self.autocast, micro, limit)
-        return {
-            "kind": "validation",
-            "step": step,
-            "loss": combined(losses).loss,
-            "bits_per_byte": combined(losses).bits_per_byte,
-            "bits_per_byte_by_source": {name: loss.bits_per_byte for name, loss in losses.items()},
-        }
+        if losses:
+            record = {"kind": "validation", "step": step, "loss": combined(losses).loss}
+            record["bits_per_byte"] = combined(losses).bits_per_byte
+            record["bits_per_byte_by_source"] = {name: loss.bits_per_byte for name, loss in losses.items()}
+            self._record(record)
 
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record) + "\n")
@@ -215,20 +226,22 @@ class _Run:
         state = {
             "data": self.dataset.digest,
             "recipe": resolved(self.recipe),
+            "recipe_sha256": sha256_json(resolved(self.recipe)),
+            "precision": self.precision,
             "tokens": step * self.tokens_per_step,
             "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
-            "torch": torch.__version__,
-            "mobillama": mobillama.__version__,
+            "environment": self.environment,
         }
         path = save_checkpoint(
             self.checkpoints, step, self.recipe.model, self.model, self.optimizer, self.dataset.tokenizer, state
         )
-        keep_newest(self.checkpoints, self.recipe.train.keep_checkpoints)
+        keep_newest(self.checkpoints, step, self.recipe.train.keep_checkpoints)
         return path
 
 
 def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
-    """Refuse a model that cannot learn this data."""
+    """Refuse a model that cannot learn this data, and data whose tokenizer is damaged."""
+    assert dataset.tokenizer.vocab_size == dataset.vocab_size
     if recipe.model.vocab_size != dataset.vocab_size:
         raise UsageError(
             f"model.vocab_size: {recipe.model.vocab_size}, but the tokenizer of {dataset.path} has {dataset.vocab_size} ids; "
@@ -242,24 +255,35 @@ def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
         )
 
 
-def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset) -> None:
-    """Write who and what the run is, or check that a started run is the same one."""
-    stated = run / "recipe.yaml"
-    if stated.is_file():
-        before = flatten(yaml.safe_load(stated.read_text(encoding="utf-8")))
-        now = flatten(resolved(recipe))
-        differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        for key in differing:
-            if key not in RESUMABLE_CHANGES | {"data", "run"}:
+def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str, Any]) -> None:
+    """Write what the run is, or check that a started run is the same one; a refused run's files stay as they are."""
+    stated, data = run / "recipe.yaml", run / "data-manifest.json"
+    if stated.is_file() and _recorded_steps(run / METRICS_FILE):
+        before, now = flatten(read_mapping(stated)), flatten(resolved(recipe))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in RESUMABLE_CHANGES | {"data", "run"}:
                 raise UsageError(
                     f"{stated}: this run has {key} = {before.get(key)}, the recipe says {now.get(key)}; "
                     "use another run directory or the run's own recipe"
                 )
+        if sha256_json(read_json(data)) != dataset.digest:
+            raise UsageError(
+                f"{data}: this run learns from other data than {dataset.path}; point 'data' to the same data set"
+            )
+        return
     write_text(stated, to_yaml(recipe))
-    write_json(run / "data-manifest.json", dataset.manifest)
-    write_json(
-        run / "environment.json", {**environment(), "device": describe_device(choose_device(recipe.train.device))}
-    )
+    write_json(data, dataset.manifest)
+    write_json(run / "environment.json", facts)
+
+
+def _recorded_steps(metrics: Path) -> int:
+    """Return the last step that metrics.jsonl records; a line cut short by a kill does not count."""
+    if not metrics.is_file():
+        return 0
+    with open(metrics, "rb") as file:
+        file.seek(max(0, metrics.stat().st_size - (1 << 16)))
+        lines = file.read().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 @dataclass

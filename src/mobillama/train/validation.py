@@ -61,8 +61,8 @@ def validate(
             for start in range(0, len(ids), batch_size):
                 batch = torch.from_numpy(ids[start : start + batch_size]).to(device)
                 with autocast():
-                    logits = model(batch[:, :-1])
-                nats += float(token_losses(logits, batch[:, 1:]).double().sum())
+                    losses_bt = token_losses(model(batch[:, :-1]), batch[:, 1:])
+                nats += float(losses_bt.double().sum())
                 done += len(batch)
                 progress(done, total)
             if len(ids):

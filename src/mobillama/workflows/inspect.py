@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mobillama.config import load_recipe
 from mobillama.console import note, progress, table
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import decode
 from mobillama.errors import UsageError
-from mobillama.record.files import sha256_json
+from mobillama.recipe import PretrainRecipe
+from mobillama.record.files import read_json, sha256_json
 
 
 def show_preparation(out: Path, manifest: dict[str, Any]) -> None:
@@ -43,16 +43,17 @@ def show_step(path: Path, step: int, batch_size: int | None, seed: int | None, c
     """Print the sequences of a step (counted from 1): row, source, documents and text.
 
     Raises:
-        UsageError: the step is below 1, or a data directory is given without a batch size.
+        UsageError: there is no such step, or a data directory is given without a batch size.
     """
     if (path / "recipe.yaml").is_file():
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-        dataset = Dataset(Path(recipe["data"]))
-        recorded = json.loads((path / "data-manifest.json").read_text(encoding="utf-8"))
-        if sha256_json(recorded) != dataset.digest:
-            raise UsageError(f"{dataset.path}: is not the data that {path} was trained on; restore that data set")
-        batch_size = batch_size or int(recipe["train"]["batch_size"])
-        seed = recipe["seed"] if seed is None else seed
+        recipe = load_recipe(PretrainRecipe, path / "recipe.yaml")
+        dataset = Dataset(Path(recipe.data))
+        if sha256_json(read_json(path / "data-manifest.json")) != dataset.digest:
+            raise UsageError(f"{dataset.path}: is not the data that {path} learns from; restore that data set")
+        if step > recipe.train.steps:
+            raise UsageError(f"--step: {step} is beyond the {recipe.train.steps} steps of {path}")
+        batch_size = batch_size or recipe.train.batch_size
+        seed = recipe.seed if seed is None else seed
     else:
         dataset = Dataset(path)
         seed = dataset.prepared_seed if seed is None else seed

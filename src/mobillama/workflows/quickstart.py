@@ -20,13 +20,13 @@ from mobillama.data.tokenizer import train_tokenizer
 from mobillama.deploy.hf import export_hf
 from mobillama.engine.load import load_engine
 from mobillama.engine.sampling import Sampling
-from mobillama.engine.stream import Session, stream_text
+from mobillama.engine.stream import Session, stream_tokens, text_of
 from mobillama.errors import UsageError
 from mobillama.evaluate.heldout import evaluate_baselines, evaluate_heldout
 from mobillama.model.cost import model_cost
 from mobillama.recipe import PrepareRecipe, PretrainRecipe, SourceConfig
 from mobillama.record.environment import environment
-from mobillama.record.files import write_json
+from mobillama.record.files import read_json, write_json
 from mobillama.report.picture import draw_loss
 from mobillama.train.loop import pretrain
 
@@ -49,11 +49,16 @@ def quickstart(run: Path, steps: int | None = None) -> dict[str, Any]:
     if run.exists() and any(run.iterdir()) and not (run / "tokenizer.model").exists():
         raise UsageError(f"{run}: is not empty and no quickstart; choose another --run")
     run.mkdir(parents=True, exist_ok=True)
-    data = run / "data"
-    overrides = ["--data", str(data), "--run", str(run)] + (["--train.steps", str(steps)] if steps else [])
+    data, written = run / "data", run / "quickstart.json"
+    overrides = ["--data", str(data), "--run", str(run)] + (["--train.steps", str(steps)] if steps is not None else [])
     recipe = load_recipe(PretrainRecipe, Path(__file__).with_suffix(".yaml"), overrides)
+    if written.exists() and recipe == load_recipe(PretrainRecipe, run / "recipe.yaml"):
+        note(f"{run}: is finished; remove it to start anew")
+        _show(run, read_json(written))
+        return read_json(written)
+    resumed = (run / "checkpoints").exists()
     with progress() as show:
-        _make_data(run, data, recipe, show)
+        make_data(run, data, recipe, show)
         checkpoint = pretrain(recipe, TrainingView(show))
         exports = {}
         for number, (name, unshared) in enumerate((("mobillama", False), ("llama", True)), 1):
@@ -62,15 +67,19 @@ def quickstart(run: Path, steps: int | None = None) -> dict[str, Any]:
             show("export and reload", number, 2)
         dataset, deployed = Dataset(data), run / "export" / "mobillama"
         held_out = evaluate_heldout(deployed, dataset, "cpu", 0, lambda done, total: show("evaluate", done, total))
+        show("yardsticks and picture", 0, 2)
         yardsticks = evaluate_baselines(dataset)
+        show("yardsticks and picture", 1, 2)
         draw_loss(run, run / "loss.png", yardsticks)
+        show("yardsticks and picture", 2, 2)
         samples = {}
         for number, prompt in enumerate(PROMPTS, 1):
             samples[prompt] = _continue(deployed, prompt)
             show("write samples", number, len(PROMPTS))
     result = {
         "environment": environment(),
-        "command": "mobillama quickstart" + (f" --steps {steps}" if steps else ""),
+        "command": "mobillama quickstart" + ("" if steps is None else f" --steps {steps}"),
+        "resumed": resumed,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _rss_unit()),
         "stored_parameters": model_cost(recipe.model).stored_parameters,
@@ -82,12 +91,13 @@ def quickstart(run: Path, steps: int | None = None) -> dict[str, Any]:
         "exports": exports,
         "samples": samples,
     }
-    write_json(run / "quickstart.json", result)
+    write_json(written, result)
     _show(run, result)
     return result
 
 
-def _make_data(run: Path, data: Path, recipe: PretrainRecipe, show: Any) -> None:
+def make_data(run: Path, data: Path, recipe: PretrainRecipe, show: Any) -> None:
+    """Train the tokenizer in ``run`` and prepare the sample corpus in ``data``, as the recipe's model wants them."""
     files = {name: SAMPLE / f"{name}.jsonl.xz" for name in SOURCES}
     tokenizer = run / "tokenizer.model"
     show("train tokenizer", 0, 1)
@@ -105,8 +115,10 @@ def _make_data(run: Path, data: Path, recipe: PretrainRecipe, show: Any) -> None
 def _continue(model: Path, prompt: str, tokens: int = 80) -> str:
     engine, tokenizer = load_engine(model)
     (ids,) = tokenizer.encode([prompt])
-    random = np.random.default_rng(0)
-    return "".join(stream_text(Session(engine), tokenizer, ids, Sampling(0.7, 0, 0.9), tokens, random))
+    drawn = stream_tokens(
+        Session(engine), ids, tokenizer.eos_id, Sampling(0.7, 0, 0.9), tokens, np.random.default_rng(0)
+    )
+    return "".join(text_of(drawn, tokenizer))
 
 
 def _rss_unit() -> int:
@@ -122,8 +134,9 @@ def _show(run: Path, result: dict[str, Any]) -> None:
     title = f"Held out: {result['held_out']['bytes']:,} bytes of {len(SOURCES)} sources"
     table(title, ["", "bits per byte"], [(name, f"{value:.3f}") for name, value in ranked])
     minutes, seconds = divmod(round(result["seconds"]), 60)
+    part = " (of the part after the resume)" if result["resumed"] else ""
     note(
-        f"{minutes} min {seconds} s · peak memory {result['peak_memory_mib']:,} MiB · {result['trained_tokens']:,} tokens"
+        f"{minutes} min {seconds} s{part} · peak memory {result['peak_memory_mib']:,} MiB · {result['trained_tokens']:,} tokens"
     )
     note(f"picture: {run / 'loss.png'} · numbers: {run / 'quickstart.json'}")
     note(f"talk to it: mobillama chat {run / 'export' / 'mobillama'}")

@@ -82,7 +82,7 @@ class TrainingView:
         """Move the bar, or print a validation."""
         if record["kind"] == "validation":
             parts = " · ".join(f"{name} {value:.3f}" for name, value in record["bits_per_byte_by_source"].items())
-            console.print(f"step {record['step']:,}: held out {record['bits_per_byte']:.4f} bits per byte ({parts})")
+            note(f"step {record['step']:,}: held out {record['bits_per_byte']:.4f} bits per byte ({parts})")
             return
         speed = record["tokens_per_second"]
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import mobillama.hf  # noqa: F401 registers the Auto classes
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
@@ -35,6 +36,7 @@ def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
         raise UsageError(f"{out}: exists; choose another directory or remove it")
     model = load_model(source)
     tokenizer = load_tokenizer(source)
+    logging.disable_progress_bar()  # an export is one stage of ours, not four of theirs
     with new_directory(out) as work:
         if unshared:
             twin = unshare(model.state_dict(), model.model.shape)

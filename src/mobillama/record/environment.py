@@ -44,10 +44,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, with ``+`` where files differ from it; None for an installed package."""
+    """Return the checkout's commit, with ``+`` where files differ from it.
+
+    A copy without .git, in a container say, states its commit in MOBILLAMA_COMMIT; else it is None.
+    """
     root = Path(mobillama.__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("MOBILLAMA_COMMIT")
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607

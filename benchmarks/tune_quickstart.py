@@ -46,6 +46,24 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         "four layers, fewer tokens",
         {"model.num_hidden_layers": 4, "model.intermediate_size": 704, "train.steps": 750},
     ),
+    "layers-3-rate": (
+        "three layers with half the learning rate",
+        {
+            "model.num_hidden_layers": 3,
+            "model.intermediate_size": 768,
+            "train.steps": 920,
+            "optimizer.learning_rate": 1.5e-3,
+        },
+    ),
+    "layers-4-rate": (
+        "four layers with a third of the learning rate",
+        {
+            "model.num_hidden_layers": 4,
+            "model.intermediate_size": 704,
+            "train.steps": 750,
+            "optimizer.learning_rate": 1e-3,
+        },
+    ),
     "width-320": (
         "wider, fewer tokens",
         {"model.hidden_size": 320, "model.num_attention_heads": 5, "train.steps": 880},

@@ -46,16 +46,17 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Return the checkout's commit, with ``+`` where files differ from it.
 
-    A copy without .git, in a container say, states its commit in MOBILLAMA_COMMIT; else it is None.
+    A copy without its history, in a container say, states its commit in MOBILLAMA_COMMIT; else it is None.
     """
     root = Path(mobillama.__file__).parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("MOBILLAMA_COMMIT")
+    stated = os.environ.get("MOBILLAMA_COMMIT")
+    if not (root / ".git").exists():  # an installed package may lie within a checkout of something else
+        return stated
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return stated
     return commit + ("+" if changes else "")

@@ -52,7 +52,7 @@ def _short(commit: str | None) -> str:
 def replace_block(readme: str, block: str) -> str:
     """Return README's text with the block between the markers replaced."""
     start, end = map(re.escape, MARKERS)
-    return re.sub(f"({start}\n).*?(\n{end})", lambda found: found[1] + block + found[2], readme, flags=re.S)
+    return re.sub(f"({start}).*?({end})", lambda found: f"{found[1]}\n{block}\n{found[2]}", readme, flags=re.S)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from mobillama.errors import CorruptDataError, UsageError
+from mobillama.record.environment import environment
 from mobillama.record.files import canonical_json, replaced_file, sha256_file, write_json
 from mobillama.record.lock import locked
 from mobillama.record.manifest import find_damage, read_manifest, verify_manifest, write_manifest
@@ -93,3 +94,15 @@ def test_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
     holder.wait()
     with locked(tmp_path, "a trainer"):
         assert (tmp_path / ".lock").read_text().strip() == str(os.getpid())
+
+
+def test_environment_names_machine_versions_and_commit(monkeypatch, tmp_path):
+    import mobillama
+
+    facts = environment()
+    assert facts["machine"].endswith("cores")
+    assert facts["packages"]["torch"]
+    monkeypatch.setattr(mobillama, "__file__", str(tmp_path / "src" / "mobillama" / "__init__.py"))
+    assert environment()["commit"] is None
+    monkeypatch.setenv("MOBILLAMA_COMMIT", "abc")
+    assert environment()["commit"] == "abc"

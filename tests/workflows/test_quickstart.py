@@ -27,10 +27,16 @@ def test_quickstart_goes_from_text_to_samples_and_again_where_it_stopped(tmp_pat
     assert type(twin) is LlamaForCausalLM
     assert sum(p.numel() for p in ours.parameters()) == result["stored_parameters"]
     assert sum(p.numel() for p in twin.parameters()) == result["applied_parameters"]
+    shown = run_cli("quickstart", "--run", run, "--steps", 4)
+    assert "is finished" in shown.stderr
+    assert shown.stdout == done.stdout
+    (run / "quickstart.json").unlink()
     again = run_cli("quickstart", "--run", run, "--steps", 4)
     assert again.returncode == 0, again.stderr
     assert "all 4 steps are done" in again.stderr
-    assert json.loads((run / "quickstart.json").read_text())["held_out"] == result["held_out"]
+    resumed = json.loads((run / "quickstart.json").read_text())
+    assert (result["resumed"], resumed["resumed"]) == (False, True)
+    assert resumed["held_out"] == result["held_out"]
 
 
 def test_a_foreign_directory_is_not_taken_over(tmp_path):

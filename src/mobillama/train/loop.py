@@ -85,11 +85,11 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
     """
     dataset = Dataset(Path(recipe.data))
     _check_fit(recipe, dataset)
-    choose_device(recipe.train.device)
+    device = choose_device(recipe.train.device)
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "a trainer"):
-        facts = {**environment(), "device": describe_device(choose_device(recipe.train.device))}
+        facts = {**environment(), "device": describe_device(device), "recipe_sha256": sha256_json(resolved(recipe))}
         _claim(run, recipe, dataset, facts)
         return _Run(recipe, dataset, run, reporter, facts).execute()
 
@@ -226,7 +226,6 @@ class _Run:
         state = {
             "data": self.dataset.digest,
             "recipe": resolved(self.recipe),
-            "recipe_sha256": sha256_json(resolved(self.recipe)),
             "precision": self.precision,
             "tokens": step * self.tokens_per_step,
             "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
@@ -241,11 +240,11 @@ class _Run:
 
 def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
     """Refuse a model that cannot learn this data, and data whose tokenizer is damaged."""
-    assert dataset.tokenizer.vocab_size == dataset.vocab_size
-    if recipe.model.vocab_size != dataset.vocab_size:
+    ids = dataset.tokenizer.vocab_size
+    if recipe.model.vocab_size != ids:
         raise UsageError(
-            f"model.vocab_size: {recipe.model.vocab_size}, but the tokenizer of {dataset.path} has {dataset.vocab_size} ids; "
-            f"set model.vocab_size to {dataset.vocab_size}"
+            f"model.vocab_size: {recipe.model.vocab_size}, but the tokenizer of {dataset.path} has {ids} ids; "
+            f"set model.vocab_size to {ids}"
         )
     context = dataset.sequence_length - 1
     if recipe.model.max_position_embeddings < context:
@@ -283,7 +282,10 @@ def _recorded_steps(metrics: Path) -> int:
     with open(metrics, "rb") as file:
         file.seek(max(0, metrics.stat().st_size - (1 << 16)))
         lines = file.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    try:
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (ValueError, KeyError, TypeError):
+        raise CorruptDataError(f"{metrics}: its last line is no record of a step; restore it from a copy") from None
 
 
 @dataclass

@@ -133,7 +133,7 @@ def test_no_damaged_sequence_is_used(data, tmp_path, file, harm):
 
 
 def flipped_gzip() -> bytes:
-    content = bytearray(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(999))))
+    content = bytearray(gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(999)), mtime=0))
     content[40] ^= 0xFF
     return bytes(content)
 
@@ -157,6 +157,7 @@ def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
         ("kind.csv", b"a,b", UsageError, "kind.csv is none of"),
         ("flip.jsonl.gz", flipped_gzip(), CorruptDataError, "damaged or truncated archive"),
     ],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_input_is_named_and_leaves_nothing(prepare_recipe, tmp_path, name, content, error, said):
     out = tmp_path / "out"

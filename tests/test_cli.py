@@ -73,7 +73,9 @@ def test_print_config_is_a_recipe_that_means_the_same(recipe_file, tmp_path):
 def test_bad_recipes_exit_2(recipe_file, tmp_path):
     assert_one_line_error(run_cli("pretrain", recipe_file, "--train.stps", "3"), 2, "did you mean 'train.steps'")
     assert_one_line_error(run_cli("pretrain", tmp_path / "absent.yaml"), 2, "absent.yaml: no such recipe")
-    assert_one_line_error(run_cli("pretrain", recipe_file, "--data", tmp_path / "no"), 2, "no manifest.json")
+    assert_one_line_error(
+        run_cli("pretrain", recipe_file, "--data", tmp_path / "no"), 2, "make it with 'mobillama data prepare"
+    )
     assert_one_line_error(run_cli("pretrain", recipe_file, "--model.vocab_size", 99), 2, "set model.vocab_size to 512")
     assert not (tmp_path / "run").exists()
 

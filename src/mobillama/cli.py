@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -286,6 +287,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 line editing and history at the prompt
+
     from mobillama.engine.load import load_engine
     from mobillama.serve.chat import Conversation, chat
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console(stderr=True, highlight=False)
 _PLAIN_SECONDS = 10.0
@@ -18,13 +18,13 @@ _PLAIN_SECONDS = 10.0
 
 def _bar() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=9)),
+        BarColumn(bar_width=12, table_column=Column(no_wrap=True, min_width=4)),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}", table_column=Column(no_wrap=True, min_width=11)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("ETA", table_column=Column(no_wrap=True, min_width=3)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),  # gives way in a narrow terminal
         console=console,
     )
 
@@ -48,7 +48,7 @@ class _PlainLines:
 def progress() -> Iterator[Callable[..., None]]:
     """Yield ``show(stage, done, total, facts="")``, which moves the bar of a stage; a new stage gets a new bar.
 
-    What stands behind a colon in ``stage`` is a detail that may change from call to call.
+    What stands behind a colon in ``stage`` is a detail that logs show and bars leave out.
     """
     if not console.is_terminal:
         yield _PlainLines().show
@@ -59,8 +59,8 @@ def progress() -> Iterator[Callable[..., None]]:
         def show(stage: str, done: float, total: float, facts: str = "") -> None:
             key = stage.split(":")[0]
             if key not in tasks:
-                tasks[key] = bar.add_task(stage, total=total, facts=facts)
-            bar.update(tasks[key], description=stage, completed=done, total=total, facts=facts)
+                tasks[key] = bar.add_task(key, total=total, facts=facts)
+            bar.update(tasks[key], description=key, completed=done, total=total, facts=facts)
 
         yield show
 
@@ -106,7 +106,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         drawn.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
-    out = Console(file=sys.stdout, highlight=False)
-    if not out.is_terminal:
-        out = Console(file=sys.stdout, highlight=False, width=160)
-    out.print(drawn)
+    # At its natural width: a narrow terminal wraps a line, which is better than numbers cut short.
+    Console(file=sys.stdout, highlight=False, width=160).print(drawn)

@@ -81,10 +81,15 @@ def read_config(directory: Path) -> ModelConfig:
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory")
+        models = sorted([*directory.glob("checkpoints/step-*/model"), *directory.glob("model")])
+        hint = f"; did you mean {models[-1]}?" if models else ""
+        raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory{hint}")
     stated = read_json(path)
     if stated.get("model_type") != MODEL_TYPE:
-        raise UsageError(f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'")
+        raise UsageError(
+            f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'; open it with transformers, or give "
+            "the directory that it was exported from"
+        )
     names = {item.name for item in fields(ModelConfig)}
     try:
         return ModelConfig(**{name: value for name, value in stated.items() if name in names})

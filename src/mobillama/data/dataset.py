@@ -15,8 +15,9 @@ from mobillama.data.order import order
 from mobillama.data.prepare import FORMAT
 from mobillama.data.store import SequenceFile
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer
+from mobillama.errors import UsageError
 from mobillama.record.files import sha256_json
-from mobillama.record.manifest import read_manifest, verify_manifest
+from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Dataset:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not (path / MANIFEST_NAME).is_file():
+            raise UsageError(
+                f"{path}: no prepared data there; make it with 'mobillama data prepare RECIPE.yaml --out {path}' "
+                "(relative paths start at the working directory)"
+            )
         self.manifest: dict[str, Any] = read_manifest(path, FORMAT)
         inputs = self.manifest["inputs"]
         self.digest = sha256_json(self.manifest)

@@ -23,7 +23,7 @@ from mobillama.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, 
 from mobillama.errors import UsageError
 from mobillama.recipe import PrepareRecipe, SourceConfig
 from mobillama.record.files import new_directory, sha256_file
-from mobillama.record.manifest import read_manifest, write_manifest
+from mobillama.record.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from mobillama.record.merkle import merkle_root
 
 FORMAT = "mobillama-dataset-1"
@@ -100,6 +100,8 @@ def _name_within(source: SourceConfig, file: Path) -> str:
 
 
 def _existing(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    if not (out / MANIFEST_NAME).is_file():
+        raise UsageError(f"{out}: exists and is no prepared data; choose another --out")
     manifest = read_manifest(out, FORMAT)
     for key, value in inputs.items():
         if manifest["inputs"].get(key) != value:

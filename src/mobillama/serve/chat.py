@@ -68,6 +68,9 @@ def chat(conversation: Conversation, read: Callable[[], str], write: Callable[[s
             text = read().strip()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            write("\n(Ctrl-D or /exit leaves)\n")
+            continue
         if text in ("/exit", "/quit"):
             return
         if text == "/reset":

@@ -28,7 +28,7 @@ from mobillama.train.loop import pretrain
 from mobillama.workflows import quickstart
 
 # name: (what is asked, overrides of the shipped recipe)
-# Steps are set so that each variant takes two CPU cores about as long as the shipped recipe.
+# Steps are estimated to take two CPU cores about as long as the shipped recipe does.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "shipped": ("the recipe as it ships", {}),
     "rate-2e-3": ("a lower learning rate", {"optimizer.learning_rate": 2e-3}),
@@ -108,7 +108,7 @@ def report(found: dict[str, Any]) -> str:
     lines = [
         "# How the quickstart recipe was chosen",
         "",
-        "Variants of the shipped recipe on the sample corpus, with steps set so that each takes two CPU cores about as long",
+        "Variants of the shipped recipe on the sample corpus, with steps estimated to take two CPU cores about as long",
         "as the shipped one. A seed changes the initial weights, the hold-out and the data order. Bits per byte on the whole",
         "hold-out, computed in float32 after training in bfloat16.",
         "",

@@ -14,8 +14,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from mobillama.data.documents import read_documents
-from mobillama.data.prepare import prepare
+from mobillama.data.documents import Piece, Reading, read_piece, read_texts
+from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.tokenizer import train_tokenizer
 from mobillama.recipe import PrepareRecipe, SourceConfig
 
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory) -> Path:
     """Three sources of 30 documents of at most 6,000 characters, in three file formats."""
     folder = tmp_path_factory.mktemp("corpus")
     for name in SOURCES:
-        documents = list(read_documents([SAMPLE / f"{name}.jsonl.xz"]))[:60:2]
+        documents = list(read_piece(Piece(str(SAMPLE / f"{name}.jsonl.xz"), 0), Reading()))[:60:2]
         lines = "".join(json.dumps({"text": document.text[:6000]}) + "\n" for document in documents)
         if name == "books":
             (folder / "books.jsonl").write_text(lines, encoding="utf-8")
@@ -66,8 +66,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_path(corpus, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    texts = (document.text for document in read_documents(sorted(corpus.glob("*.jsonl*"))))
-    train_tokenizer(texts, VOCAB, path)
+    train_tokenizer(read_texts(sorted(corpus.glob("*.jsonl*"))), VOCAB, path)
     return path
 
 

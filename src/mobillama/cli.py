@@ -195,19 +195,18 @@ def _presets(args: argparse.Namespace) -> None:
 
 def _tokenizer_train(args: argparse.Namespace) -> None:
     from mobillama.console import note
-    from mobillama.data.documents import read_documents, source_files
+    from mobillama.data.documents import read_texts
     from mobillama.data.tokenizer import train_tokenizer
 
-    files = [file for path in args.texts for file in source_files(path, path.name)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer((document.text for document in read_documents(files)), args.vocab_size, args.out)
+    tokenizer = train_tokenizer(read_texts(args.texts), args.vocab_size, args.out)
     note(f"{args.out}: {tokenizer.vocab_size:,} ids")
 
 
 def _data_prepare(args: argparse.Namespace) -> None:
     from mobillama.config import load_recipe
     from mobillama.console import progress
-    from mobillama.data.prepare import prepare
+    from mobillama.data.prepare.pipeline import prepare
     from mobillama.recipe import PrepareRecipe
     from mobillama.workflows.inspect import show_preparation
 

@@ -111,15 +111,59 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CleanConfig:
+    """What is done to the documents of a source before they are tokenised; by default nothing."""
+
+    repair: bool = False
+    """Mend the encoding: drop byte-order marks and control characters, CRLF to LF, Unicode NFC."""
+    language: str = ""
+    """Keep documents in this language (ISO 639-1, for example en); empty: all."""
+    min_language_score: float = 0.65
+    """Least certainty of the language, 0…1."""
+    gopher_repetition: bool = False
+    """Gopher's rules on repeated lines, paragraphs and n-grams (arXiv 2112.11446, table A1)."""
+    gopher_quality: bool = False
+    """Gopher's rules on length, symbols, stop words (arXiv 2112.11446, A1.1)."""
+    c4_quality: bool = False
+    """C4's rules: keeps only lines that end a sentence, drops pages with braces or fewer than 5 sentences."""
+    exact_duplicates: bool = False
+    """Drop documents whose cleaned text stood before, in this or another source that has this on."""
+    near_duplicates: bool = False
+    """Drop documents that MinHash finds nearly equal to one before, in this or another source that has this on."""
+
+    def __post_init__(self) -> None:
+        wanted = bool(re.fullmatch(r"([a-z]{2,3})?", self.language))
+        _require(wanted, "clean.language", repr(self.language), "a code of two or three letters such as en")
+        _require(0 <= self.min_language_score <= 1, "clean.min_language_score", self.min_language_score, "within 0…1")
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of documents."""
 
     path: str
-    """A .jsonl file (also .gz .xz), a .txt file, or a directory of such files."""
+    """A file, a directory, or with format=huggingface a data set's name (owner/name) or local directory."""
+    format: Literal["auto", "jsonl", "parquet", "text", "amber", "huggingface"] = "auto"
+    """auto: by the files' names (.jsonl .gz .xz .zst, .parquet, .txt). text: each file is a document. amber: sequences
+    of ids as LLM360 publishes them. huggingface: streamed from the hub."""
+    files: str = ""
+    """Glob of the files to take below a directory, for example **/*.py; empty: all that the format knows."""
+    subset: str = ""
+    """With huggingface: the configuration's name. With amber: the label whose sequences are taken; empty: all."""
+    split: str = "train"
+    """With huggingface: the split."""
+    revision: str = ""
+    """With huggingface: the commit to read; empty: the newest, which another day may be another."""
     licence: str = "unstated"
     """Licence of the texts, kept in the manifest."""
+    url: str = ""
+    """Where the texts come from, kept in the manifest."""
     text_field: str = "text"
-    """Key of the text in a JSON line."""
+    """Key of the text in a JSON line, a Parquet column or a data set's row."""
+    weight: float = 1.0
+    """How often its training sequences are dealt out: 0.5 takes half of them, 2 takes each twice."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """Cleaning of this source."""
 
 
 @dataclass(frozen=True)
@@ -138,17 +182,27 @@ class PrepareRecipe:
     """Number of chunk files for the training sequences (the paper's 360)."""
     seed: int = 0
     """Seed of the hold-out and of the training order."""
+    max_document_bytes: int = 33554432
+    """Longest document in bytes of UTF-8; what is longer follows long_documents."""
+    long_documents: Literal["skip", "split"] = "skip"
+    """Documents beyond max_document_bytes: skip them (counted), or split them into documents of that size."""
+    bad_documents: Literal["stop", "skip"] = "stop"
+    """Lines that are no JSON, lack the text, or are not UTF-8: stop with an error, or skip them (counted)."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise UsageError("sources: none given; name at least one source of documents")
-        for name in self.sources:
+        for name, source in self.sources.items():
             plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
             _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
+            _require(0 < source.weight < math.inf, f"sources.{name}.weight", source.weight, "above 0")
+        _require(len(self.sources) <= 255, "sources", len(self.sources), "at most 255 of them")
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")
         _require(self.chunks >= 1, "chunks", self.chunks, "a positive number")
-        _require(0 <= self.holdout < math.inf, "holdout", self.holdout, "a share below 1 or a count")
+        whole = self.holdout < 1 or self.holdout == int(min(self.holdout, 1e15))
+        _require(0 <= self.holdout < math.inf and whole, "holdout", self.holdout, "a share below 1 or a whole number")
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
+        _require(self.max_document_bytes >= 1024, "max_document_bytes", self.max_document_bytes, "1024 or more")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 
 from mobillama.data.dataset import Dataset
-from mobillama.data.documents import read_documents, source_files
-from mobillama.data.prepare import prepare
-from mobillama.data.store import id_type
+from mobillama.data.documents import Piece, Reading, read_piece, source_files
+from mobillama.data.prepare.pipeline import prepare
+from mobillama.data.tokenizer import id_type
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
 from mobillama.record.manifest import verify_manifest
+
+
+def raw_documents(source, name):
+    for number, file in enumerate(source_files(source, name)):
+        yield from read_piece(Piece(str(file), number), Reading())
 
 
 def streams(recipe) -> dict[str, np.ndarray]:
@@ -27,7 +32,7 @@ def streams(recipe) -> dict[str, np.ndarray]:
     out = {}
     for name, source in recipe.sources.items():
         ids: list[int] = []
-        for document in read_documents(source_files(Path(source.path), name)):
+        for document in raw_documents(source, name):
             ids += tokenizer.encode([document.text])[0] + [tokenizer.eos_id]
         out[name] = np.array(ids)
     return out
@@ -52,15 +57,15 @@ def test_spans_lead_back_to_the_raw_documents(data, prepare_recipe):
     dataset = Dataset(data)
     raw = {}
     for name, source in prepare_recipe.sources.items():
-        files = source_files(Path(source.path), name)
-        for document in read_documents(files):
+        files = source_files(source, name)
+        for document in raw_documents(source, name):
             raw[name, files[document.file].name, document.line] = document
     tokenizer = dataset.tokenizer
     for row in range(0, dataset.size, 3):
         (ids,) = dataset.read(np.array([row]))
         (source,), (sequence,) = dataset.layout.train_origin([row])
         name = dataset.source_names[source]
-        assert dataset.layout.train_row(int(source), sequence).tolist() == [row]
+        assert dataset.layout.train_rows(int(source), sequence).tolist() == [[row]]
         spans = dataset.spans(row)
         assert spans[0].start == 0
         assert spans[-1].end == dataset.sequence_length
@@ -82,8 +87,8 @@ def test_held_out_sequences_have_no_training_row(data):
     dataset = Dataset(data)
     for index, source in enumerate(dataset.layout.sources):
         held = dataset.layout.holdout_sequences(index)
-        assert (dataset.layout.train_row(index, held) == -1).all()
-        assert (dataset.layout.train_row(index, np.arange(source.sequences)) >= 0).sum() == source.sequences - len(held)
+        assert (dataset.layout.train_rows(index, held) == -1).all()
+        assert (dataset.layout.train_rows(index, np.arange(source.sequences)) >= 0).sum() == source.sequences - len(held)
 
 
 def test_preparing_again_gives_identical_bytes_and_another_seed_another_order(data, prepare_recipe, tmp_path):
@@ -147,12 +152,12 @@ def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
     ("name", "content", "error", "said"),
     [
         ("empty.jsonl", b"", UsageError, "sources.s: holds no document"),
-        ("blank.txt", b"", UsageError, "sources.s: holds no document"),
+        ("blank.txt", b"", UsageError, "sources.s: none of its 1 documents is kept ({'empty': 1})"),
         ("short.txt", b"too short", UsageError, "nothing is left to train on"),
         ("bad.jsonl", b'{"text": "ok"}\n{"text": \n', CorruptDataError, "bad.jsonl:2: not valid JSON"),
         ("field.jsonl", b'{"txt": "ok"}\n', CorruptDataError, "field.jsonl:1: no text under 'text'"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', CorruptDataError, "half.jsonl:1: half a surrogate pair"),
-        ("latin.txt", "é".encode("latin-1"), CorruptDataError, "latin.txt: not UTF-8"),
+        ("latin.txt", "é".encode("latin-1"), CorruptDataError, "latin.txt:1: not UTF-8"),
         ("cut.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9)[:-20], CorruptDataError, "damaged or truncated archive"),
         ("kind.csv", b"a,b", UsageError, "kind.csv is none of"),
         ("flip.jsonl.gz", flipped_gzip(), CorruptDataError, "damaged or truncated archive"),
@@ -212,10 +217,3 @@ def test_files_of_a_directory_keep_their_paths_within_it(prepare_recipe, corpus,
         dataclasses.replace(prepare_recipe, sources={"s": SourceConfig(str(tmp_path / "s"))}), tmp_path / "o"
     )
     assert [file["name"] for file in manifest["inputs"]["sources"][0]["files"]] == ["a/x.jsonl", "b/x.jsonl"]
-
-
-def test_leftovers_of_dead_preparations_are_removed(prepare_recipe, tmp_path):
-    dead = tmp_path / ".out.999999999.tmp"
-    dead.mkdir()
-    prepare(prepare_recipe, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

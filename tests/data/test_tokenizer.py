@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from conftest import SAMPLE, VOCAB, shared_data
-from mobillama.data.documents import read_documents
+from mobillama.data.documents import Piece, Reading, read_piece, read_texts
 from mobillama.data.tokenizer import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -66,7 +66,7 @@ def test_both_forms_equal_sentencepiece_on_real_code_and_prose(tokenizer_path, e
     texts = [
         d.text
         for name in ("code", "manuals", "books")
-        for d in list(read_documents([SAMPLE / f"{name}.jsonl.xz"]))[:40]
+        for d in list(read_piece(Piece(str(SAMPLE / f"{name}.jsonl.xz"), 0), Reading()))[:40]
     ]
     assert_equal_to_the_oracle(tokenizer_path, exported, texts)
 
@@ -126,7 +126,7 @@ def test_byte_level_tokenizer_json_is_read_byte_for_byte(tmp_path):
 
 
 def test_training_twice_gives_the_same_file(corpus, tokenizer_path, tmp_path):
-    texts = (document.text for document in read_documents(sorted(corpus.glob("*.jsonl*"))))
+    texts = read_texts(sorted(corpus.glob("*.jsonl*")))
     train_tokenizer(texts, VOCAB, tmp_path / "again.model")
     assert (tmp_path / "again.model").read_bytes() == tokenizer_path.read_bytes()
 
@@ -146,6 +146,6 @@ def test_bad_tokenizers_are_named(tmp_path):
         train_tokenizer(["", "  \n"], 300, tmp_path / "t.model")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(CorruptDataError, match=r"bad\.jsonl:2: not valid JSON"):
-        train_tokenizer((d.text for d in read_documents([tmp_path / "bad.jsonl"])), 300, tmp_path / "t.model")
+        train_tokenizer(read_texts([tmp_path / "bad.jsonl"]), 300, tmp_path / "t.model")
     with pytest.raises(UsageError, match="no vocabulary of 4000"):
         train_tokenizer(["too short"], 4000, tmp_path / "t.model")

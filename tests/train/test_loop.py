@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from conftest import run_cli
 from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
-from mobillama.data.prepare import prepare
+from mobillama.data.prepare.pipeline import prepare
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
 from mobillama.recipe import PretrainRecipe
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.layout import Layout, SourceCount
+from mobillama.data.ledger import Ledger
 from mobillama.data.order import order
-from mobillama.data.prepare import FORMAT
 from mobillama.data.store import SequenceFile
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer
 from mobillama.errors import UsageError
-from mobillama.record.files import sha256_json
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+
+FORMAT = "mobillama-dataset-2"
+PREPARATION_NAME = "preparation.json"
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,18 @@ class Dataset:
             )
         self.manifest: dict[str, Any] = read_manifest(path, FORMAT)
         inputs = self.manifest["inputs"]
-        self.digest = sha256_json(self.manifest)
+        self.digest: str = self.manifest["digest"]
+        self.ledger = Ledger(path, self.manifest)
         self.root = bytes.fromhex(self.manifest["root"])
         self.prepared_seed: int = inputs["seed"]
         self.sequence_length: int = inputs["sequence_length"]
         self.vocab_size: int = inputs["vocab_size"]
         self.size: int = self.manifest["train_sequences"]
         self.source_names: list[str] = [source["name"] for source in self.manifest["sources"]]
-        counts = [SourceCount(s["name"], s["sequences"], s["holdout_sequences"]) for s in self.manifest["sources"]]
+        counts = [
+            SourceCount(s["name"], s["sequences"], s["holdout_sequences"], s["dealt_sequences"])
+            for s in self.manifest["sources"]
+        ]
         self.layout = Layout(bytes.fromhex(self.manifest["corpus_root"]), self.prepared_seed, counts)
         self._chunks = [self._sequence_file(chunk) for chunk in self.manifest["chunks"]]
         self._chunk_starts = np.cumsum([0] + [chunk["rows"] for chunk in self.manifest["chunks"]])
@@ -105,7 +111,7 @@ class Dataset:
             CorruptDataError: a sequence differs from what was prepared.
         """
         rows = self.rows_of_step(seed, step, batch_size)[part]
-        return Batch(self.read(rows), rows, self.layout.train_origin(rows)[0])
+        return Batch(self.read(rows), rows, self.layout.source_of(rows))
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return stored training sequences (n, sequence length), each checked against its hash."""
@@ -120,38 +126,23 @@ class Dataset:
         """Return the first ``limit`` (0: all) held-out sequences of a source, each checked against its hash."""
         entry = next(entry for entry in self.manifest["holdout"] if entry["source"] == source)
         count = min(limit or entry["rows"], entry["rows"])
-        return self._sequence_file(entry).read(np.arange(count))
+        return self._sequence_file(entry).read(np.arange(count)).astype(np.int64)
 
     def spans(self, row: int) -> list[Span]:
         """Return the documents that a stored training row is made of, in order."""
-        (source,), (sequence,) = self.layout.train_origin([row])
-        table = self._documents(self.source_names[source])
-        first, last = int(sequence) * self.sequence_length, (int(sequence) + 1) * self.sequence_length
-        begin = int(np.searchsorted(table["end"], first, side="right"))
-        end = int(np.searchsorted(table["end"], last, side="left"))
-        names = [file["name"] for file in self.manifest["inputs"]["sources"][source]["files"]]
-        spans = []
-        for number in range(begin, end + 1):
-            start = int(table["end"][number - 1]) if number else 0
-            entry = table[number]
-            spans.append(
-                Span(
-                    start=max(start - first, 0),
-                    end=min(int(entry["end"]), last) - first,
-                    document=number,
-                    file=names[entry["file"]],
-                    line=int(entry["line"]),
-                    digest=entry["digest"].tobytes().hex(),
-                )
-            )
-        return spans
+        (source,), (sequence,) = (part.tolist() for part in self.layout.train_origin([row]))
+        return self.spans_of(source, sequence)
 
-    @functools.cache  # noqa: B019 a data set lives as long as its process
-    def _documents(self, source: str) -> NDArray[np.void]:
-        name = f"documents/{source}.npy"
-        verify_manifest(self.path, self.manifest, name)
-        table: NDArray[np.void] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        return table
+    def spans_of(self, source: int, sequence: int) -> list[Span]:
+        """Return the documents that a sequence of a source is made of, in order."""
+        first, last = sequence * self.sequence_length, (sequence + 1) * self.sequence_length
+        spans = []
+        for number in range(self.ledger.at(source, first), self.ledger.at(source, last - 1) + 1):
+            entry, start = self.ledger.entry(source, number), self.ledger.start(source, number)
+            if entry.tokens:
+                begin, end = max(start - first, 0), min(start + entry.tokens, last) - first
+                spans.append(Span(begin, end, number, entry.file, entry.line, entry.digest))
+        return spans
 
     def _sequence_file(self, entry: dict[str, Any]) -> SequenceFile:
         return SequenceFile(self.path / entry["file"], entry["rows"], bytes.fromhex(entry["root"]))

@@ -1,96 +1,372 @@
-"""Raw documents: read one by one from JSON lines, text files or directories of them, each with its place of origin."""
+"""Raw documents, read one by one with bounded memory, each with its place of origin.
+
+A document is known by its file and its line (JSON lines), row (Parquet, a hub's data set) or 1 (a text file); lines and
+rows count from 1. What cannot be read is either an error that names the place or, by policy, a document with a fault.
+"""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
 
 from mobillama.errors import CorruptDataError, UsageError
+from mobillama.recipe import SourceConfig
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".txt")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
+SUFFIXES = {"jsonl": JSON_SUFFIXES, "amber": JSON_SUFFIXES, "parquet": (".parquet",), "text": (".txt",)}
+ALL_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".txt")
+
+# A character of JSON takes at most six times its bytes of UTF-8 (\\u0001).
+_JSON_GROWTH = 6
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the documents of a source are read."""
+
+    format: str = "auto"
+    text_field: str = "text"
+    label: str = ""
+    sequence_length: int = 0
+    vocab_size: int = 0
+    max_bytes: int = 1 << 62
+    split_long: bool = False
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, its UTF-8 bytes, and where it stands: index of the file, line from 1 (a text file has one)."""
+    """One document: its text and UTF-8 bytes, file (an index) and line, or a fault instead of a text.
+
+    ``ids`` and their label are given where the source is a file of ready sequences (LLM360's format).
+    """
 
     text: str
     raw: bytes
     file: int
     line: int
+    fault: str = ""
+    ids: list[int] | None = None
+    label: str = ""
 
 
-def source_files(path: Path, source: str) -> list[Path]:
-    """Return the files of a source in the order they are read: ``path`` itself, or the directory's files by name.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that is read front to back: a file, bytes start…end of a file, or a hub data set's shard."""
+
+    path: str
+    file: int
+    start: int = 0
+    end: int | None = None
+
+
+def source_files(source: SourceConfig, name: str) -> list[Path]:
+    """Return the files of a source in the order they are read: its path itself, or the directory's files by name.
 
     Raises:
         UsageError: there is nothing to read; the message names the source.
     """
+    path, suffixes = Path(source.path), SUFFIXES.get(source.format, ALL_SUFFIXES)
+    key = f"sources.{name}.path"
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UsageError(f"sources.{source}.path: {path} is none of {', '.join(SUFFIXES)}")
+        if source.format != "text" and not path.name.endswith(suffixes):
+            raise UsageError(f"{key}: {path} is none of {', '.join(suffixes)}; set format: text if it is plain text")
         return [path]
     if not path.is_dir():
-        raise UsageError(f"sources.{source}.path: {path} does not exist")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        raise UsageError(f"{key}: {path} does not exist")
+    found = path.glob(source.files) if source.files else path.rglob("*")
+    files = sorted(file for file in found if file.is_file() and (source.files or file.name.endswith(suffixes)))
     if not files:
-        raise UsageError(f"sources.{source}.path: {path} holds no file that ends in {', '.join(SUFFIXES)}")
+        wanted = source.files or f"*{' *'.join(suffixes)}"
+        raise UsageError(f"{key}: {path} holds no file {wanted}; name others with 'files: \"**/*.py\"'")
     return files
 
 
-def read_documents(files: list[Path], text_field: str = "text") -> Iterator[Document]:
-    """Yield the documents of ``files`` in order; documents without text are passed over.
+def read_texts(paths: list[Path]) -> Iterator[str]:
+    """Yield the texts of files or directories of them, in order.
 
     Raises:
-        CorruptDataError: a file is truncated, not UTF-8, or a line is not a JSON object with a text; file and line named.
+        UsageError: there is nothing to read.
+        CorruptDataError: a file cannot be read.
     """
-    for number, path in enumerate(files):
+    for path in paths:
+        for file in source_files(SourceConfig(str(path)), path.name):
+            yield from (document.text for document in read_piece(Piece(str(file), 0), Reading()) if document.text)
+
+
+def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
+    """Yield the documents of a piece in order; blank lines are none.
+
+    Raises:
+        CorruptDataError: an archive is damaged or truncated, or (unless they are skipped) a line is not a JSON object
+            with a text, or a text is not UTF-8; file and line are named.
+    """
+    path = Path(piece.path)
+    format = reading.format if reading.format != "auto" else _format_of(path)
+    readers: dict[str, Callable[[Path, Piece, Reading], Iterator[Document]]] = {
+        "jsonl": _read_json_lines,
+        "amber": _read_json_lines,
+        "parquet": _read_parquet,
+        "text": _read_text,
+        "huggingface": _read_hub,
+    }
+    try:
+        for document in readers[format](path, piece, reading):
+            if document.fault and not reading.skip_bad and document.fault != "too_long":
+                raise CorruptDataError(
+                    f"{path}:{document.line}: {document.text}, or set bad_documents: skip to pass over such documents"
+                )
+            yield document
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
+        raise CorruptDataError(f"{path}: damaged or truncated archive ({error}); fetch it again") from None
+
+
+def _format_of(path: Path) -> str:
+    return next((name for name, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)), "text")
+
+
+def _read_json_lines(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
+    with open_lines(path) as lines:
+        if piece.start:  # a line belongs to the piece that holds its first byte
+            lines.seek(piece.start - 1)
+            lines.readline()
+        yield from _parse_lines(lines, piece, reading)
+
+
+def _parse_lines(lines: BinaryIO, piece: Piece, reading: Reading) -> Iterator[Document]:
+    limit = min(_JSON_GROWTH * reading.max_bytes + _BLOCK_BYTES, 1 << 62)
+    number = 0
+    while piece.end is None or lines.tell() < piece.end:
+        line = lines.readline(limit)
+        if not line:
+            return
+        number += 1
+        if len(line) == limit and not line.endswith(b"\n"):
+            _skip_line(lines)
+            yield Document("longer than max_document_bytes", line, piece.file, number, "too_long")
+        elif line.strip():
+            yield from _parse_line(line, piece.file, number, reading)
+
+
+def count_lines(piece: Piece) -> int:
+    """Return how many lines begin in a piece of a plain file."""
+    assert piece.end is not None
+    count, left = int(piece.start == 0), piece.end - max(piece.start, 1)
+    with open(piece.path, "rb") as file:
+        file.seek(max(piece.start - 1, 0))
+        while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def _skip_line(lines: BinaryIO) -> None:
+    while (block := lines.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
+        pass
+
+
+def _parse_line(line: bytes, file: int, number: int, reading: Reading) -> Iterator[Document]:
+    def fault(reason: str, said: str) -> Iterator[Document]:
+        yield Document(said, line, file, number, reason)
+
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return fault("not_json", f"not valid JSON ({error.msg}); mend or remove the line")
+    except UnicodeDecodeError as error:
+        return fault("not_utf8", f"not UTF-8 ({error}); convert it first")
+    except RecursionError:
+        return fault("not_json", "not valid JSON (nested too deep); mend or remove the line")
+    if reading.format == "amber":
+        return _parse_sequence(row, line, file, number, reading)
+    text = row.get(reading.text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        return fault("no_text", f"no text under '{reading.text_field}'; set the source's text_field")
+    return _within_limit(text, file, number, reading)
+
+
+def _within_limit(text: str, file: int, number: int, reading: Reading) -> Iterator[Document]:
+    """Yield a text as one document, as several where it is longer than allowed and may be split, or as a fault."""
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError:
+        said = "half a surrogate pair in the text; mend or remove the line"
+        yield Document(said, text.encode("utf-8", "surrogatepass"), file, number, "not_utf8")
+        return
+    if len(raw) <= reading.max_bytes:
+        yield Document(text, raw, file, number)
+    elif not reading.split_long:
+        yield Document("longer than max_document_bytes", raw, file, number, "too_long")
+    else:
+        yield from _split(io.BytesIO(raw), file, number, reading.max_bytes)
+
+
+def _split(text: BinaryIO, file: int, number: int, max_bytes: int) -> Iterator[Document]:
+    """Yield documents of at most ``max_bytes``, cut after white space where there is some, never within a character."""
+    rest = b""
+    while block := rest + text.read(max_bytes - len(rest)):
+        cut = len(block)
+        if cut == max_bytes:
+            cut = max(block.rfind(b"\n"), block.rfind(b" ")) + 1 or _character_border(block)
+        rest = block[cut:]
         try:
-            if path.name.endswith(".txt"):
-                raw = path.read_bytes()
-                if raw:
-                    yield Document(raw.decode("utf-8"), raw, number, 1)
-                continue
-            with _open_lines(path) as lines:
-                yield from _read_lines(lines, path, number, text_field)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise CorruptDataError(f"{path}: damaged or truncated archive ({error}); fetch it again") from None
+            yield Document(block[:cut].decode("utf-8"), block[:cut], file, number)
         except UnicodeDecodeError as error:
-            raise CorruptDataError(f"{path}: not UTF-8 ({error}); convert it first") from None
+            yield Document(f"not UTF-8 ({error}); convert it first", block[:cut], file, number, "not_utf8")
 
 
-def _open_lines(path: Path) -> IO[bytes] | gzip.GzipFile:
+def _character_border(block: bytes) -> int:
+    """Return where the last character of a block begins, or the block's end if that character is one byte."""
+    border = len(block) - 1
+    while border > len(block) - 4 and block[border] & 0xC0 == 0x80:
+        border -= 1
+    return border if block[border] >= 0xC0 else len(block)
+
+
+def _parse_sequence(row: Any, line: bytes, file: int, number: int, reading: Reading) -> Iterator[Document]:
+    ids = row.get("token_ids") if isinstance(row, dict) else None
+    source = row.get("source") if isinstance(row, dict) else None
+    said = ""
+    if not isinstance(ids, list) or not isinstance(source, str) or not all(type(i) is int for i in ids):
+        said = "no sequence ('token_ids' with integers and 'source' with a label); mend or remove the line"
+    elif len(ids) != reading.sequence_length:
+        said = f"a sequence of {len(ids)} ids where sequence_length is {reading.sequence_length}; set it to {len(ids)}"
+    elif not 0 <= min(ids) <= max(ids) < reading.vocab_size:
+        said = f"ids outside the tokenizer's {reading.vocab_size}; name the tokenizer that made them"
+    if said:
+        yield Document(said, line, file, number, "no_sequence")
+    elif not reading.label or source == reading.label:
+        yield Document("", line, file, number, ids=ids, label=source)
+
+
+def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size > reading.max_bytes:
+            if reading.split_long:
+                yield from _split(file, piece.file, 1, reading.max_bytes)
+            else:
+                head = file.read(_BLOCK_BYTES)
+                yield Document("longer than max_document_bytes", head, piece.file, 1, "too_long")
+            return
+        raw = file.read()
+    try:
+        yield Document(raw.decode("utf-8"), raw, piece.file, 1)
+    except UnicodeDecodeError as error:
+        yield Document(f"not UTF-8 ({error}); convert it first", raw, piece.file, 1, "not_utf8")
+
+
+def _read_parquet(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            if reading.text_field not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise UsageError(f"{path}: no column '{reading.text_field}' among {names}; set the source's text_field")
+            number = 0
+            for batch in file.iter_batches(64, columns=[reading.text_field]):
+                for value in batch.column(0):
+                    number += 1
+                    yield from _cell(value.as_py(), piece.file, number, reading)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorruptDataError(f"{path}: damaged Parquet file ({error}); fetch it again") from None
+
+
+def _cell(text: Any, file: int, number: int, reading: Reading) -> Iterator[Document]:
+    if isinstance(text, str):
+        return _within_limit(text, file, number, reading)
+    said = f"no text under '{reading.text_field}'; set the source's text_field"
+    return iter([Document(said, b"", file, number, "no_text")])
+
+
+def hub_dataset(source: SourceConfig) -> Any:
+    """Return the streaming data set of a source with ``format: huggingface``.
+
+    Raises:
+        UsageError: it cannot be found or reached.
+    """
+    from datasets import load_dataset
+
+    options = {"split": source.split, "revision": source.revision or None, "streaming": True}
+    try:
+        return load_dataset(source.path, source.subset or None, **options)
+    except Exception as error:  # the library raises its own errors, the hub's and the network's
+        raise UsageError(f"{source.path}: cannot be opened as a data set ({' '.join(str(error).split())})") from None
+
+
+def _read_hub(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
+    name, subset, split, revision = json.loads(piece.path)
+    rows = hub_dataset(SourceConfig(name, "huggingface", subset=subset, split=split, revision=revision))
+    for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=piece.file), 1):
+        yield from _cell(row.get(reading.text_field), piece.file, number, reading)
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[Any]:
+    """Open a file of lines, compressed or not, as binary lines; a truncated archive raises when its end is read."""
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return open(path, "rb")
+        opened: Any = lzma.open(path, "rb")
+    elif path.suffix == ".gz":
+        opened = gzip.open(path, "rb")
+    elif path.suffix == ".zst":
+        opened = io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
+    else:
+        opened = open(path, "rb", buffering=_BLOCK_BYTES)
+    with opened:
+        yield opened
 
 
-def _read_lines(lines: Iterable[bytes], path: Path, number: int, text_field: str) -> Iterator[Document]:
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorruptDataError(
-                f"{path}:{line_number}: not valid JSON ({error.msg}); mend or remove the line"
-            ) from None
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise CorruptDataError(f"{path}:{line_number}: no text under '{text_field}'; set the source's text_field")
-        try:
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise CorruptDataError(
-                f"{path}:{line_number}: half a surrogate pair in the text; mend or remove the line"
-            ) from None
-        if text:
-            yield Document(text, raw, number, line_number)
+class _ZstdError(Exception):
+    """A Zstandard stream is damaged or ends too early."""
+
+
+class _ZstdFile(io.RawIOBase):
+    """Bytes of a .zst file, frame after frame; unlike zstandard's own reader it notices a missing end."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._file = open(path, "rb")
+        self._frame: Any = None
+        self._given = b""  # decompressed, not yet read
+        self._unread = b""  # compressed, of the next frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._given:
+            block = self._unread or self._file.read(1 << 17)
+            self._unread = b""
+            if not block:
+                if self._frame is not None:
+                    raise _ZstdError("the file ends before its last frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._given = self._frame.decompress(block)
+            except self._error as error:
+                raise _ZstdError(str(error)) from None
+            if self._frame.eof:
+                self._unread, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._given))
+        buffer[:count] = self._given[:count]
+        self._given = self._given[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,7 +1,8 @@
 """Where each training sequence comes from: arithmetic between a stored row, its source, and its place in the source.
 
-Each source is one stream of ids cut into sequences. A permutation of a source's sequences puts the hold-out first; a
-permutation of all other sequences is the order of the chunks. Both directions are computed, nothing is stored.
+Each source is one stream of ids cut into sequences. A permutation of a source's sequences puts the hold-out first; the
+others, dealt out as often as the source's weight says, are ranked one source behind the other; a permutation of all ranks
+is the order of the chunks. Both directions are computed, nothing is stored.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from mobillama.data.order import Permutation
 
 @dataclass(frozen=True)
 class SourceCount:
-    """Sequences of one source and how many of them are held out."""
+    """Sequences of one source, how many of them are held out, and how many rows the others are dealt to.
+
+    ``dealt`` is sequences - holdout at weight 1; more repeats them from the first, less leaves the last ones out.
+    """
 
     name: str
     sequences: int
     holdout: int
+    dealt: int
+
+    @property
+    def trainable(self) -> int:
+        """Sequences that are not held out."""
+        return self.sequences - self.holdout
 
 
 class Layout:
@@ -34,8 +44,9 @@ class Layout:
 
     def __init__(self, corpus_root: bytes, seed: int, sources: list[SourceCount]) -> None:
         self.sources = sources
-        self.train_size = sum(source.sequences - source.holdout for source in sources)
-        self._starts = np.cumsum([0] + [source.sequences - source.holdout for source in sources])
+        self.train_size = sum(source.dealt for source in sources)
+        self._starts = np.cumsum([0] + [source.dealt for source in sources])
+        self.holdout_starts = self.train_size + np.cumsum([0] + [source.holdout for source in sources])
         prefix = corpus_root + f"/prepare/{seed}/".encode()
         self._within = [Permutation(prefix + s.name.encode(), s.sequences) if s.sequences else None for s in sources]
         self._shuffle = Permutation(prefix, self.train_size) if self.train_size else None
@@ -44,28 +55,54 @@ class Layout:
         """Return (source index, sequence within the source) of stored training rows."""
         assert self._shuffle is not None
         rank = self._shuffle.inverse(row)
-        source = np.searchsorted(self._starts, rank, side="right") - 1
+        source = self._source_of_rank(rank)
         sequence = np.empty_like(rank)
         for index in np.unique(source):
             chosen = source == index
-            holdout = self.sources[index].holdout
-            sequence[chosen] = self._permutation(int(index))(rank[chosen] - self._starts[index] + holdout)
-        return source.astype(np.int64), sequence
+            count = self.sources[index]
+            within = (rank[chosen] - self._starts[index]) % count.trainable
+            sequence[chosen] = self._permutation(int(index))(within + count.holdout)
+        return source, sequence
 
-    def train_row(self, source: int, sequence: ArrayLike) -> NDArray[np.int64]:
-        """Return the stored training row of sequences of a source; -1 where a sequence is held out."""
+    def source_of(self, row: ArrayLike) -> NDArray[np.int64]:
+        """Return the source index of stored training rows."""
         assert self._shuffle is not None
-        rank = self._permutation(source).inverse(sequence) - self.sources[source].holdout
+        return self._source_of_rank(self._shuffle.inverse(row))
+
+    def train_rows(self, source: int, sequence: ArrayLike) -> NDArray[np.int64]:
+        """Return the stored training rows of sequences of a source: (n, copies), -1 where there is none."""
+        count = self.sources[source]
+        copies = -(-count.dealt // count.trainable) if count.trainable else 0
+        within = self._permutation(source).inverse(sequence) - count.holdout
+        rank = within[:, None] + np.arange(copies) * count.trainable
         rows = np.full_like(rank, -1)
-        trained = rank >= 0
+        trained = (within[:, None] >= 0) & (rank < count.dealt)
         if trained.any():
+            assert self._shuffle is not None
             rows[trained] = self._shuffle(rank[trained] + self._starts[source])
         return rows
+
+    def destinations(self, source: int, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the sequences start…end of a source are stored: (sequence - start, row), one entry a copy.
+
+        Held-out sequences count on behind the training rows: those of source s begin at ``holdout_starts[s]``.
+        """
+        sequences = np.arange(start, end)
+        rows = self.train_rows(source, sequences)
+        index, copy = np.nonzero(rows >= 0)
+        place = self._permutation(source).inverse(sequences)
+        held = np.flatnonzero(place < self.sources[source].holdout)
+        return np.concatenate([index, held]), np.concatenate(
+            [rows[index, copy], place[held] + self.holdout_starts[source]]
+        )
 
     def holdout_sequences(self, source: int) -> NDArray[np.int64]:
         """Return the sequences of a source that are held out, in the order they are stored."""
         count = self.sources[source].holdout
         return self._permutation(source)(np.arange(count)) if count else np.empty(0, dtype=np.int64)
+
+    def _source_of_rank(self, rank: NDArray[np.int64]) -> NDArray[np.int64]:
+        return (np.searchsorted(self._starts, rank, side="right") - 1).astype(np.int64)
 
     def _permutation(self, source: int) -> Permutation:
         permutation = self._within[source]

@@ -8,6 +8,8 @@ touched: no batch is used that is not the batch that was prepared.
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.errors import CorruptDataError, UsageError
+from mobillama.errors import CorruptDataError
+from mobillama.record.files import replaced_file
 from mobillama.record.merkle import leaf_digest, merkle_root
-
-
-def id_type(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Return the smallest stored integer type that holds every id of a vocabulary.
-
-    Raises:
-        UsageError: the vocabulary is beyond 32 bits.
-    """
-    for bits, name in ((16, "<u2"), (32, "<u4")):
-        if vocab_size <= 1 << bits:
-            return np.dtype(name)
-    raise UsageError(f"vocab_size: {vocab_size} ids do not fit the 32-bit integers of a chunk")
 
 
 def leaves_path(path: Path) -> Path:
@@ -36,21 +27,43 @@ def leaves_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".npy") + ".leaves.npy")
 
 
+def write_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[bytes]) -> dict[str, Any]:
+    """Write an ``.npy`` file block by block, whole or not at all; return its ``bytes`` and ``sha256``."""
+    header = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    digest, size = hashlib.sha256(header.getvalue()), len(header.getvalue())
+    with replaced_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(header.getvalue())
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+        if size != len(header.getvalue()) + int(np.prod(shape)) * dtype.itemsize:
+            raise ValueError(f"{path}: {size} bytes were given, not {shape} of {dtype}")
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def write_sequences(
     path: Path, shape: tuple[int, int], dtype: np.dtype[np.unsignedinteger], blocks: Iterable[NDArray[np.integer]]
-) -> bytes:
-    """Write consecutive blocks of rows as a sequence file with its leaves; return the Merkle root (32 bytes)."""
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """Write consecutive blocks of rows as a sequence file with its leaves.
+
+    Returns:
+        The Merkle root (32 bytes), and ``bytes`` and ``sha256`` of the two files by name.
+    """
     leaves: list[bytes] = []
-    for block in blocks:
-        stored = np.ascontiguousarray(block, dtype=dtype)
-        rows[len(leaves) : len(leaves) + len(stored)] = stored
-        leaves += [leaf_digest(row.tobytes()) for row in stored]
-    if len(leaves) != shape[0]:
-        raise ValueError(f"{path}: {len(leaves)} rows were given, {shape[0]} announced")
-    rows.flush()
-    np.save(leaves_path(path), np.frombuffer(b"".join(leaves), dtype=np.uint8).reshape(shape[0], 32))
-    return merkle_root(leaves)
+
+    def hashed() -> Iterable[bytes]:
+        for block in blocks:
+            stored = np.ascontiguousarray(block, dtype=dtype)
+            leaves.extend([leaf_digest(row.data) for row in stored])
+            yield stored.tobytes()
+
+    facts = {path.name: write_array(path, shape, dtype, hashed())}
+    beside = leaves_path(path)
+    facts[beside.name] = write_array(beside, (shape[0], 32), np.dtype("u1"), [b"".join(leaves)])
+    return merkle_root(leaves), facts
 
 
 class SequenceFile:
@@ -67,19 +80,19 @@ class SequenceFile:
         self.rows = rows
         self.root = root
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the given rows (n, sequence length) as int64.
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+        """Return the given rows (n, sequence length) as they are stored.
 
         Raises:
             CorruptDataError: the file is missing, truncated, or a row differs from what was prepared.
         """
-        out = self._mapped[rows]
-        for row, ids in zip(rows.tolist(), out, strict=True):
-            if leaf_digest(ids.tobytes()) != self._leaves[row].tobytes():
+        out = np.asarray(self._mapped[rows])
+        for row, ids, leaf in zip(rows.tolist(), out, self._leaves[rows], strict=True):
+            if leaf_digest(ids.data) != leaf.tobytes():
                 raise CorruptDataError(
                     f"{self.path}: sequence {row} differs from what was prepared; prepare the data again"
                 )
-        return out.astype(np.int64)
+        return out
 
     @functools.cached_property
     def _mapped(self) -> NDArray[np.unsignedinteger]:

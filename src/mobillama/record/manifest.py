@@ -9,23 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.record.files import read_json, sha256_file, write_json
+from mobillama.record.files import read_json, sha256_file, sha256_json, write_json
 
 MANIFEST_NAME = "manifest.json"
 
 
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return ``{relative path: {"bytes": size, "sha256": digest}}`` of all files below ``directory``, sorted by path."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files
-    }
+def describe_files(directory: Path, known: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {"bytes": size, "sha256": digest}}`` of all files below ``directory``, sorted by path.
+
+    Files in ``known`` were described as they were written and are not read again.
+    """
+    described = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+        name = path.relative_to(directory).as_posix()
+        described[name] = (known or {}).get(name) or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return described
 
 
-def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Describe all files of ``directory`` and commit ``facts`` with them as ``manifest.json``; return what was written."""
-    manifest = {**facts, "files": describe_files(directory)}
+def write_manifest(
+    directory: Path, facts: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Describe all files of ``directory`` and commit ``facts`` with them as ``manifest.json``; return what was written.
+
+    The manifest ends in ``digest``, the sha256 of all else in it.
+    """
+    manifest = {**facts, "files": describe_files(directory, known)}
+    manifest["digest"] = sha256_json(manifest)
     write_json(directory / MANIFEST_NAME, manifest)
     return manifest
 
@@ -35,7 +44,7 @@ def read_manifest(directory: Path, expected_format: str) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no manifest, or it describes something else than ``expected_format``.
-        CorruptDataError: it is not JSON, or lists no files.
+        CorruptDataError: it is not JSON, or not what was written.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -44,8 +53,10 @@ def read_manifest(directory: Path, expected_format: str) -> dict[str, Any]:
     if manifest.get("format") != expected_format:
         found = manifest.get("format")
         raise UsageError(f"{path}: describes {found!r}, not {expected_format!r}; point to the right directory")
-    if not isinstance(manifest.get("files"), dict):
-        raise CorruptDataError(f"{path}: lists no files; restore it from a copy")
+    stated = manifest.pop("digest", None)
+    if stated != sha256_json(manifest) or not isinstance(manifest.get("files"), dict):
+        raise CorruptDataError(f"{path}: was changed after it was written; restore it from a copy")
+    manifest["digest"] = stated
     return manifest
 
 

@@ -265,7 +265,7 @@ def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str,
                     f"{stated}: this run has {key} = {before.get(key)}, the recipe says {now.get(key)}; "
                     "use another run directory or the run's own recipe"
                 )
-        if sha256_json(read_json(data)) != dataset.digest:
+        if read_json(data).get("digest") != dataset.digest:
             raise UsageError(
                 f"{data}: this run learns from other data than {dataset.path}; point 'data' to the same data set"
             )

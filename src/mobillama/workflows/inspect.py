@@ -12,7 +12,7 @@ from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import decode
 from mobillama.errors import UsageError
 from mobillama.recipe import PretrainRecipe
-from mobillama.record.files import read_json, sha256_json
+from mobillama.record.files import read_json
 
 
 def show_preparation(out: Path, manifest: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def show_step(path: Path, step: int, batch_size: int | None, seed: int | None, c
     if (path / "recipe.yaml").is_file():
         recipe = load_recipe(PretrainRecipe, path / "recipe.yaml")
         dataset = Dataset(Path(recipe.data))
-        if sha256_json(read_json(path / "data-manifest.json")) != dataset.digest:
+        if read_json(path / "data-manifest.json").get("digest") != dataset.digest:
             raise UsageError(f"{dataset.path}: is not the data that {path} learns from; restore that data set")
         if step > recipe.train.steps:
             raise UsageError(f"--step: {step} is beyond the {recipe.train.steps} steps of {path}")

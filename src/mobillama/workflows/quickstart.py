@@ -14,8 +14,8 @@ import numpy as np
 from mobillama.config import load_recipe
 from mobillama.console import TrainingView, note, progress, table
 from mobillama.data.dataset import Dataset
-from mobillama.data.documents import read_documents
-from mobillama.data.prepare import prepare
+from mobillama.data.documents import read_texts
+from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.tokenizer import train_tokenizer
 from mobillama.deploy.hf import export_hf
 from mobillama.engine.load import load_engine
@@ -102,7 +102,7 @@ def make_data(run: Path, data: Path, recipe: PretrainRecipe, show: Any) -> None:
     tokenizer = run / "tokenizer.model"
     show("train tokenizer", 0, 1)
     if not tokenizer.exists():
-        texts = (document.text for document in read_documents(list(files.values())))
+        texts = read_texts(list(files.values()))
         train_tokenizer(texts, recipe.model.vocab_size, tokenizer)
     show("train tokenizer", 1, 1)
     sources = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -15,8 +15,6 @@ from mobillama.errors import UsageError, did_you_mean
 from mobillama.recipe import PRESETS, PretrainRecipe, preset_defaults
 
 Recipe = TypeVar("Recipe")
-
-_MAY_BE_ABSENT = ("model.num_key_value_heads", "model.head_dim")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -58,22 +56,77 @@ def load_recipe(recipe: type[Recipe], path: Path, overrides: Sequence[str] = ())
     for key, value in parse_overrides(overrides):
         _set_dotted(settings, key, value)
     parser = recipe_parser(recipe, "mobillama")
-    known = sorted(action.dest for action in parser._actions)
     try:
         if recipe is PretrainRecipe:
-            known.append("model.preset")
             _apply_preset(parser, settings)
-        for key in _dotted_keys(settings, known):
-            if key not in known:
-                raise UsageError(f"unknown key '{key}'{did_you_mean(key, known)}")
-        for key, value in flatten(settings).items():
-            if value is None and key not in _MAY_BE_ABSENT:
-                raise UsageError(f"{key}: has no value; give one or remove the key")
+        _check(recipe, settings, "", _known_keys(recipe))
         return recipe(**parser.instantiate(parser.parse_object(settings)).as_dict())
     except ArgumentError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def recipe_help(recipe: type[Any], prog: str) -> str:
+    """Return the help on every key of a recipe, those of its nested sections of many included."""
+    text = recipe_parser(recipe, prog).format_help()
+    for name, kind in get_type_hints(recipe).items():
+        if get_origin(kind) is dict:
+            nested = recipe_parser(get_args(kind)[1], prog).format_help()
+            text += f"\nEach of {name}, as --{name}.NAME.key value:\n" + nested.split("\n", 2)[2]
+    return re.sub(r"\n +--[\w.]+(\.help .*| CONFIG +Path to a configuration file\.)", "", text)
+
+
+def _known_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a recipe, sections included; ``*`` stands for a name that the user chooses."""
+    if get_origin(kind) is dict:
+        return _known_keys(get_args(kind)[1], f"{prefix}*.")
+    if not is_dataclass(kind):
+        return []
+    keys = ["model.preset"] if prefix == "model." else []
+    for name, inner in get_type_hints(kind).items():
+        keys += [f"{prefix}{name}", *_known_keys(inner, f"{prefix}{name}.")]
+    return keys
+
+
+def _check(kind: Any, value: Any, key: str, known: list[str]) -> None:
+    """Raise a UsageError that names the key if ``value`` does not fit the type ``kind`` of a recipe's field."""
+    if get_origin(kind) is Union:
+        if value is not None:
+            _check(get_args(kind)[0], value, key, known)
+        return
+    if value is None:
+        raise UsageError(f"{key}: has no value; give one or remove the key")
+    if is_dataclass(kind) or get_origin(kind) is dict:
+        _check_section(kind, value, key, known)
+    elif get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"{key}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
+    else:
+        accepted = {float: (int, float)}.get(kind, (kind,))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (in quotes)"}[kind]
+            raise UsageError(f"{key}: {value!r} is not {wanted}")
+
+
+def _check_section(kind: Any, value: Any, key: str, known: list[str]) -> None:
+    if not isinstance(value, dict):
+        raise UsageError(f"'{key}' is a section; write its keys below it, indented")
+    hints = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+    for name, inner in value.items():
+        dotted = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            near = did_you_mean(_generic(dotted, known), known)
+            raise UsageError(
+                f"unknown key '{dotted}'{near.replace('*', dotted.split('.')[1] if '.' in dotted else '*')}"
+            )
+        _check(hints[name], inner, dotted, known)
+
+
+def _generic(dotted: str, known: list[str]) -> str:
+    """Put ``*`` for the name in a key such as sources.c4.path."""
+    parts = dotted.split(".")
+    return ".".join([parts[0], "*", *parts[2:]]) if any(k.startswith(f"{parts[0]}.*.") for k in known) else dotted
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -159,18 +212,3 @@ def _apply_preset(parser: ArgumentParser, settings: dict[str, Any]) -> None:
     if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"model.preset: unknown preset '{name}'{did_you_mean(str(name), PRESETS)}")
     parser.set_defaults({f"model.{key}": value for key, value in preset_defaults(name).items()})
-
-
-def _dotted_keys(settings: dict[str, Any], known: Sequence[str], prefix: str = "") -> list[str]:
-    """Return the dotted keys written in ``settings``, entering only sections that the parser knows as sections."""
-    keys = []
-    for key, value in settings.items():
-        dotted = f"{prefix}{key}"
-        is_section = any(name.startswith(f"{dotted}.") and name != f"{dotted}.help" for name in known)
-        if is_section and isinstance(value, dict):
-            keys += _dotted_keys(value, known, f"{dotted}.")
-        elif is_section:
-            raise UsageError(f"'{dotted}' is a section; write its keys below it, indented")
-        else:
-            keys.append(dotted)
-    return keys

@@ -182,7 +182,7 @@ class PrepareRecipe:
     """Number of chunk files for the training sequences (the paper's 360)."""
     seed: int = 0
     """Seed of the hold-out and of the training order."""
-    max_document_bytes: int = 33554432
+    max_document_bytes: int = 16777216
     """Longest document in bytes of UTF-8; what is longer follows long_documents."""
     long_documents: Literal["skip", "split"] = "skip"
     """Documents beyond max_document_bytes: skip them (counted), or split them into documents of that size."""

@@ -14,8 +14,7 @@ import pytest
 from mobillama.data.dataset import Dataset
 from mobillama.data.documents import Piece, Reading, read_piece, source_files
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import id_type
-from mobillama.data.tokenizer import load_tokenizer
+from mobillama.data.tokenizer import id_type, load_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
 from mobillama.record.manifest import verify_manifest
@@ -88,7 +87,9 @@ def test_held_out_sequences_have_no_training_row(data):
     for index, source in enumerate(dataset.layout.sources):
         held = dataset.layout.holdout_sequences(index)
         assert (dataset.layout.train_rows(index, held) == -1).all()
-        assert (dataset.layout.train_rows(index, np.arange(source.sequences)) >= 0).sum() == source.sequences - len(held)
+        assert (dataset.layout.train_rows(index, np.arange(source.sequences)) >= 0).sum() == source.sequences - len(
+            held
+        )
 
 
 def test_preparing_again_gives_identical_bytes_and_another_seed_another_order(data, prepare_recipe, tmp_path):

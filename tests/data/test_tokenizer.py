@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,9 @@ def assert_equal_to_the_oracle(model_path, directory, texts):
     expected = [oracle.encode(text) for text in texts]
     assert SentencePieceTokenizer(model_path).encode(texts) == expected
     assert JsonTokenizer(directory / "tokenizer.json").encode(texts) == expected
+    for tokenizer in (SentencePieceTokenizer(model_path), JsonTokenizer(directory / "tokenizer.json")):
+        packed = tokenizer.encode_packed(texts)
+        assert [np.frombuffer(ids, "<u2").tolist() for ids in packed] == expected
 
 
 def test_both_forms_equal_sentencepiece_on_awkward_text(tokenizer_path, exported):
@@ -60,6 +64,40 @@ def test_both_forms_equal_sentencepiece_on_awkward_text(tokenizer_path, exported
 @given(text=st.text(alphabet=st.one_of(st.sampled_from(" \n\tabcdefthe1.0(){}_▁"), st.characters(codec="utf-8"))))
 def test_both_forms_equal_sentencepiece_on_any_text(tokenizer_path, exported, text):
     assert_equal_to_the_oracle(tokenizer_path, exported, [text])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(alphabet=st.sampled_from(" \n\tab▁é漢"), max_size=60), max_size=8), st.integers(1, 20))
+def test_long_texts_are_cut_between_words_and_forgotten_words_are_learnt_again(tokenizer_path, texts, size):
+    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    assert tokenizer._words is not None
+    tokenizer._words._SLICE, tokenizer._words._MAX_WORDS, tokenizer._words._MAX_BYTES = size, 5, 4
+    for _ in range(2):
+        packed = tokenizer.encode_packed(texts)
+        assert [np.frombuffer(ids, "<u2").tolist() for ids in packed] == tokenizer.encode(texts)
+
+
+def test_a_model_whose_pieces_reach_across_words_is_encoded_whole(corpus, tmp_path):
+    """Split at nothing, trained pieces hold spaces within; remembering words would be wrong, and is not done."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be or not to be that is the question"] * 500),
+        model_prefix=str(tmp_path / "wide"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        split_by_whitespace=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(tmp_path / "wide.model")
+    text = "to be or not to be"
+    assert tokenizer._words is None
+    assert np.frombuffer(tokenizer.encode_packed([text])[0], "<u2").tolist() == tokenizer.encode([text])[0]
+    assert any("▁" in tokenizer.processor.id_to_piece(i)[1:] for i in tokenizer.encode([text])[0])
 
 
 def test_both_forms_equal_sentencepiece_on_real_code_and_prose(tokenizer_path, exported):

@@ -12,7 +12,6 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -234,7 +233,7 @@ def _character_border(block: bytes) -> int:
 
 def _parse_sequence(row: Any, line: bytes, file: int, number: int, reading: Reading) -> Iterator[Document]:
     ids = row.get("token_ids") if isinstance(row, dict) else None
-    source = row.get("source") if isinstance(row, dict) else None
+    source: Any = row.get("source") if isinstance(row, dict) else None
     said = ""
     if not isinstance(ids, list) or not isinstance(source, str) or not all(type(i) is int for i in ids):
         said = "no sequence ('token_ids' with integers and 'source' with a label); mend or remove the line"
@@ -312,19 +311,15 @@ def _read_hub(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
         yield from _cell(row.get(reading.text_field), piece.file, number, reading)
 
 
-@contextmanager
-def open_lines(path: Path) -> Iterator[Any]:
+def open_lines(path: Path) -> Any:
     """Open a file of lines, compressed or not, as binary lines; a truncated archive raises when its end is read."""
     if path.suffix == ".xz":
-        opened: Any = lzma.open(path, "rb")
-    elif path.suffix == ".gz":
-        opened = gzip.open(path, "rb")
-    elif path.suffix == ".zst":
-        opened = io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
-    else:
-        opened = open(path, "rb", buffering=_BLOCK_BYTES)
-    with opened:
-        yield opened
+        return lzma.open(path, "rb")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
+    return open(path, "rb", buffering=_BLOCK_BYTES)
 
 
 class _ZstdError(Exception):
@@ -339,7 +334,7 @@ class _ZstdFile(io.RawIOBase):
 
         self._error = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor()
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 closed in close()
         self._frame: Any = None
         self._given = b""  # decompressed, not yet read
         self._unread = b""  # compressed, of the next frame

@@ -114,4 +114,4 @@ class Ledger:
 
 def first_beyond(table: NDArray[np.void], token: int) -> int:
     """Return the first row whose ``end`` is above ``token``, touching only a few rows of a mapped table."""
-    return bisect.bisect_right(table["end"], token)  # type: ignore[arg-type]
+    return bisect.bisect_right(table["end"], token)

@@ -119,15 +119,16 @@ class WordCache:
     """
 
     _WORD = re.compile(f"[ {_SPACE}]+[^ {_SPACE}\n]*|\n[^ {_SPACE}\n]*")
-    _MAX_WORDS = 1 << 20
+    _MAX_WORDS = 1 << 19
     _MAX_BYTES = 128
     _SLICE = 1 << 22
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self._processor = tokenizer.processor
         self._dtype = id_type(tokenizer.vocab_size)
-        lone_space = tokenizer.processor.piece_to_id(_SPACE)
-        self._first = {" ": np.array([lone_space], self._dtype).tobytes()}  # a text that begins with a line feed
+        # A space before a line feed or the end: sentencepiece puts none before nothing.
+        lone_space = np.array([tokenizer.processor.piece_to_id(_SPACE)], self._dtype).tobytes()
+        self._first = {" ": lone_space, _SPACE: lone_space}
         self._words = dict(self._first)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
@@ -136,15 +137,14 @@ class WordCache:
         batch: list[str] = []
         size = 0
         for text in texts:
-            if len(text) > self._SLICE:
-                out += self._encode_batch(batch) + [b"".join(self._encode_batch([part])[0] for part in self._parts(text))]
-                batch, size = [], 0
-                continue
-            batch.append(f" {text}" if text else "")
-            size += len(text)
-            if size > self._SLICE:
+            if len(text) <= self._SLICE:
+                batch.append(f" {text}" if text else "")
+                size += len(text)
+            if len(text) > self._SLICE or size > self._SLICE:
                 out += self._encode_batch(batch)
                 batch, size = [], 0
+            if len(text) > self._SLICE:
+                out.append(b"".join(self._encode_batch([part])[0] for part in self._parts(text)))
         return out + self._encode_batch(batch)
 
     def _parts(self, text: str) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""The loss picture of a run, drawn from its metrics.jsonl alone."""
+"""Pictures drawn from records: the loss of a run, the make-up of a corpus."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -45,6 +46,44 @@ def draw_loss(run: Path, out: Path, yardsticks: dict[str, float] | None = None) 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_corpus(facts: dict[str, Any], paper: dict[str, float], out: Path) -> None:
+    """Draw the make-up of a corpus as a PNG: each source's share beside the paper's, and what became of its documents.
+
+    Args:
+        facts: from :func:`mobillama.workflows.corpus.statistics`.
+        paper: billions of tokens by source in the paper's Table 2.
+        out: the file to write.
+    """
+    sources = facts["sources"]
+    names = [source["name"] for source in sources]
+    places = range(len(names))
+    figure = Figure(figsize=(11, 0.9 + 0.5 * max(4, len(names))), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    total = sum(paper.values())
+    left.barh([p - 0.2 for p in places], [100 * s["training_share"] for s in sources], 0.36, label="training sequences")
+    amber = [100 * paper.get(name, 0.0) / total for name in names]
+    left.barh([p + 0.2 for p in places], amber, 0.36, color="lightgray", label="Amber (the paper's Table 2)")
+    left.set(title="share of each source", xlabel="percent", yticks=list(places), yticklabels=names)
+    left.invert_yaxis()
+    ended = [0.0] * len(names)
+    for label, counts, colour in (
+        ("kept", [s["kept_documents"] for s in sources], "tab:blue"),
+        ("equal to another", [s["exact_duplicates"] for s in sources], "tab:orange"),
+        ("nearly equal", [s["near_duplicates"] for s in sources], "tab:red"),
+        ("ruled out", [sum(s["dropped"].values()) for s in sources], "tab:gray"),
+    ):
+        shares = [100 * count / source["documents"] for count, source in zip(counts, sources, strict=True)]
+        right.barh(list(places), shares, 0.6, left=ended, label=label, color=colour)
+        ended = [end + share for end, share in zip(ended, shares, strict=True)]
+    right.set(title="what became of the documents", xlabel="percent")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     with replaced_file(out) as temporary:
         figure.savefig(temporary, format="png")
 

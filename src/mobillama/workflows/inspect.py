@@ -1,42 +1,17 @@
-"""Looking into data and models: what was prepared, what a step learns from, what the hold-out costs."""
+"""Looking into runs and models: what a step learns from, what the hold-out costs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from mobillama.config import load_recipe
-from mobillama.console import note, progress, table
+from mobillama.console import progress, table
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import decode
 from mobillama.errors import UsageError
 from mobillama.recipe import PretrainRecipe
 from mobillama.record.files import read_json
-
-
-def show_preparation(out: Path, manifest: dict[str, Any]) -> None:
-    """Print what a preparation made: a row per source."""
-    rows = []
-    total = sum(source["tokens"] for source in manifest["sources"])
-    for source in manifest["sources"]:
-        rows.append(
-            (
-                source["name"],
-                f"{source['documents']:,}",
-                f"{source['bytes'] / 1e6:.2f}",
-                f"{source['tokens']:,}",
-                f"{source['tokens'] / total:.1%}",
-                f"{source['bytes'] / source['tokens']:.2f}",
-                f"{source['sequences'] - source['holdout_sequences']:,}",
-                f"{source['holdout_sequences']:,}",
-                f"{source['dropped_tokens']:,}",
-            )
-        )
-    columns = ["source", "documents", "MB", "tokens", "share", "bytes/token", "sequences", "held out", "dropped tokens"]
-    table(f"{out}", columns, rows)
-    note(f"{total:,} tokens in sequences of {manifest['inputs']['sequence_length']} · {len(manifest['chunks'])} chunks")
-    note(f"root {manifest['root']}")
 
 
 def show_step(path: Path, step: int, batch_size: int | None, seed: int | None, characters: int, as_json: bool) -> None:

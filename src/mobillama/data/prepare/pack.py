@@ -71,7 +71,9 @@ def plan_runs(layout: Layout, row_bytes: int) -> list[Run]:
 def plan_targets(layout: Layout, chunks: int) -> list[Target]:
     """Return the chunks, whose sizes differ by one at most, and behind them the hold-out of every source."""
     borders = np.linspace(0, layout.train_size, chunks + 1).astype(np.int64).tolist()
-    targets = [Target(f"train/chunk-{number:05d}.npy", borders[number], borders[number + 1]) for number in range(chunks)]
+    targets = [
+        Target(f"train/chunk-{number:05d}.npy", borders[number], borders[number + 1]) for number in range(chunks)
+    ]
     starts = layout.holdout_starts.tolist()
     for number, source in enumerate(layout.sources):
         targets.append(Target(f"holdout/{source.name}.npy", starts[number], starts[number + 1]))
@@ -125,7 +127,7 @@ def _segments(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[
 
 
 def _read_exactly(file: Any, out: NDArray[np.unsignedinteger]) -> None:
-    view = memoryview(out).cast("B")
+    view = out.data.cast("B")
     while len(view):
         count = file.readinto(view)
         if not count:
@@ -133,13 +135,15 @@ def _read_exactly(file: Any, out: NDArray[np.unsignedinteger]) -> None:
         view = view[count:]
 
 
-class SortRun(PipelineStep):  # type: ignore[misc]
+class SortRun(PipelineStep):
     """Reads a run's sequences and writes them sorted by destination, beside the destinations."""
 
     name = SORT_STAGE
     type = "MobiLlama"
 
-    def __init__(self, work: Path, layout: Layout, streams: list[Stream], runs: list[Run], dtype: str, length: int) -> None:
+    def __init__(
+        self, work: Path, layout: Layout, streams: list[Stream], runs: list[Run], dtype: str, length: int
+    ) -> None:
         super().__init__()
         self.work, self.layout, self.streams, self.runs = str(work), layout, streams, runs
         self.dtype, self.length = dtype, length
@@ -165,7 +169,7 @@ def run_path(work: Path, rank: int, kind: str) -> Path:
     return work / "runs" / f"{rank:06d}.{kind}"
 
 
-class WriteTarget(PipelineStep):  # type: ignore[misc]
+class WriteTarget(PipelineStep):
     """Writes a chunk, or a hold-out, from the slices that all runs hold for it."""
 
     name = WRITE_STAGE

@@ -43,7 +43,7 @@ from mobillama.data.tokenizer import Tokenizer, id_type, load_tokenizer, save_to
 from mobillama.errors import MobiLlamaError, UsageError
 from mobillama.recipe import PrepareRecipe
 from mobillama.record.environment import environment
-from mobillama.record.files import fsync_directory, fsync_tree, read_json, sha256_file, write_json
+from mobillama.record.files import fsync_directory, fsync_tree, read_json, write_json
 from mobillama.record.lock import locked
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from mobillama.record.merkle import merkle_root
@@ -92,7 +92,9 @@ def prepare(
                 raise
     except OSError as error:
         where = error.filename or out
-        raise UsageError(f"{where}: {error.strerror}; free space or choose another place, then run this again") from None
+        raise UsageError(
+            f"{where}: {error.strerror}; free space or choose another place, then run this again"
+        ) from None
 
 
 def _is_cheap(work: Path) -> bool:
@@ -261,10 +263,14 @@ class _Preparation:
             counts: Counter[int] = Counter()
             tokens = [0]
             blocks = _ledger_blocks(self.work, mine, starts, facts, before, dropped, verdicts, counts, tokens)
-            digests.append(write_array(self.work / "documents" / f"{name}.npy", (documents,), DOCUMENT, blocks)["sha256"])
+            digests.append(
+                write_array(self.work / "documents" / f"{name}.npy", (documents,), DOCUMENT, blocks)["sha256"]
+            )
             reasons = {verdicts[code]: counts[code] for code in sorted(counts) if code}
             if not counts[0]:
-                raise UsageError(f"sources.{name}: none of its {documents} documents is kept ({reasons}); mend its clean")
+                raise UsageError(
+                    f"sources.{name}: none of its {documents} documents is kept ({reasons}); mend its clean"
+                )
             fact = {
                 "name": name,
                 "documents": documents,

@@ -67,7 +67,7 @@ def load_records(work: Path, task: int) -> NDArray[np.void]:
     return np.memmap(path, RECORD, mode="r")
 
 
-class Read(PipelineStep):  # type: ignore[misc]
+class Read(PipelineStep):
     """Reads, cleans and tokenises the documents of a task; hands on the kept ones where near duplicates are looked for.
 
     Args:

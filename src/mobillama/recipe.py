@@ -195,6 +195,7 @@ class PrepareRecipe:
         for name, source in self.sources.items():
             plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
             _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
+            _require(name != "duplicates", "sources", repr(name), "free: the table of duplicates has it")
             _require(0 < source.weight < math.inf, f"sources.{name}.weight", source.weight, "above 0")
         _require(len(self.sources) <= 255, "sources", len(self.sources), "at most 255 of them")
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")

@@ -53,7 +53,7 @@ def test_json_lines_are_read_alike_however_they_are_packed(tmp_path, suffix, pac
 def test_an_archive_cut_anywhere_is_never_read_as_whole(tmp_path, suffix, pack):
     content = pack(lines(random.Random(n).randbytes(99).hex() for n in range(200)))
     for cut in range(1, len(content), len(content) // 40):
-        with pytest.raises(CorruptDataError, match="damaged or truncated archive|not valid JSON"):
+        with pytest.raises(CorruptDataError, match=r"damaged or truncated archive|not valid JSON"):
             list(read_piece(write(tmp_path, f"a.jsonl{suffix}", content[:cut]), Reading()))
 
 
@@ -126,7 +126,7 @@ def test_long_documents_are_skipped_or_split_and_counted(tmp_path):
     assert "".join(d.text for d in parts) == text
     assert all(len(d.raw) <= 1024 and d.line == 2 and d.text.endswith(" ") for d in parts)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    assert list(read_piece(Piece(str(tmp_path / "a.txt"), 3), Reading(max_bytes=1024)))[0].fault == "too_long"
+    assert next(read_piece(Piece(str(tmp_path / "a.txt"), 3), Reading(max_bytes=1024))).fault == "too_long"
     whole = read_piece(Piece(str(tmp_path / "a.txt"), 3), Reading(max_bytes=1024, split_long=True))
     assert "".join(d.text for d in whole) == text
 

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import VOCAB
 from mobillama.data.dataset import Dataset
-from mobillama.data.documents import Piece, Reading, read_piece, source_files
+from mobillama.data.documents import Piece, Reading, read_piece, read_texts, source_files
+from mobillama.data.prepare import pipeline
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import id_type, load_tokenizer
+from mobillama.data.prepare.read import Read
+from mobillama.data.tokenizer import id_type, load_tokenizer, train_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
+from mobillama.record.lock import locked
 from mobillama.record.manifest import verify_manifest
 
 
@@ -218,3 +222,109 @@ def test_files_of_a_directory_keep_their_paths_within_it(prepare_recipe, corpus,
         dataclasses.replace(prepare_recipe, sources={"s": SourceConfig(str(tmp_path / "s"))}), tmp_path / "o"
     )
     assert [file["name"] for file in manifest["inputs"]["sources"][0]["files"]] == ["a/x.jsonl", "b/x.jsonl"]
+
+
+def test_weights_deal_sequences_out_more_or_less_often(prepare_recipe, tmp_path):
+    weights = {"books": 2.5, "encyclopedia": 0.4, "code": 1.0}
+    sources = {n: dataclasses.replace(s, weight=weights[n]) for n, s in prepare_recipe.sources.items()}
+    prepare(dataclasses.replace(prepare_recipe, sources=sources), tmp_path / "out")
+    dataset = Dataset(tmp_path / "out")
+    stored = dataset.batch(dataset.prepared_seed, 0, dataset.size)
+    for index, source in enumerate(dataset.manifest["sources"]):
+        trainable = source["sequences"] - source["holdout_sequences"]
+        mine = [tuple(row) for row in stored.ids[stored.sources == index].tolist()]
+        assert len(mine) == source["dealt_sequences"] == round(weights[source["name"]] * trainable)
+        held = {tuple(row) for row in dataset.holdout(source["name"]).tolist()}
+        assert held.isdisjoint(mine)
+        times = sorted({mine.count(row) for row in mine})
+        assert times == {"books": [2, 3], "encyclopedia": [1], "code": [1]}[source["name"]]
+
+
+def test_bad_and_long_documents_are_counted_by_policy(prepare_recipe, corpus, tmp_path):
+    good = (corpus / "books.jsonl").read_bytes()
+    long = json.dumps({"text": "long words " * 500}).encode() + b"\n"
+    sources = source_of(tmp_path, "mixed.jsonl", good + b"nonsense\n" + long + b'{"text": ""}\n' + good)
+    lenient = dataclasses.replace(prepare_recipe, sources=sources, bad_documents="skip", max_document_bytes=5000)
+    manifest = prepare(lenient, tmp_path / "skip")
+    (source,) = manifest["sources"]
+    long_ones = sum(len(json.loads(line)["text"].encode()) > 5000 for line in good.splitlines())
+    assert source["verdicts"] == {"empty": 1, "not_json": 1, "too_long": 1 + 2 * long_ones}
+    assert source["documents"] == 63
+    split = prepare(dataclasses.replace(lenient, long_documents="split"), tmp_path / "split")
+    assert split["sources"][0]["verdicts"] == {"empty": 1, "not_json": 1}
+    assert (
+        split["sources"][0]["bytes"] == 2 * sum(len(json.loads(x)["text"].encode()) for x in good.splitlines()) + 5500
+    )
+
+
+def test_a_tokenizer_changed_after_preparation_is_another_preparation(data, prepare_recipe, tmp_path, corpus):
+    other = tmp_path / "other.model"
+    train_tokenizer(read_texts([corpus / "books.jsonl"]), VOCAB, other)
+    with pytest.raises(UsageError, match="prepared with another 'tokenizer'"):
+        prepare(dataclasses.replace(prepare_recipe, tokenizer=str(other)), data)
+
+
+def test_a_changed_text_is_named(data, prepare_recipe, tmp_path):
+    path = tmp_path / "books.jsonl"
+    path.write_bytes(Path(prepare_recipe.sources["books"].path).read_bytes() + b'{"text": "more"}\n')
+    sources = {**prepare_recipe.sources, "books": dataclasses.replace(prepare_recipe.sources["books"], path=str(path))}
+    with pytest.raises(UsageError, match=r"another 'sources\.books' text in 'books\.jsonl'"):
+        prepare(dataclasses.replace(prepare_recipe, sources=sources), data)
+
+
+def test_what_was_read_is_kept_when_only_the_dealing_changes(prepare_recipe, tmp_path, monkeypatch):
+    """A mistaken number of chunks must not cost hours of tokenising: the ids that were read are used again."""
+    monkeypatch.setattr(pipeline, "_CHEAP_SECONDS", -1.0)
+    with pytest.raises(UsageError, match="cannot be filled"):
+        prepare(dataclasses.replace(prepare_recipe, chunks=10**6), tmp_path / "out")
+    ids = tmp_path / "out.partial" / "read" / "000000.ids"
+    before = ids.stat().st_mtime_ns
+    with pytest.raises(UsageError, match="holds an unfinished preparation with another 'max_document_bytes'"):
+        prepare(dataclasses.replace(prepare_recipe, max_document_bytes=2000), tmp_path / "out")
+    monkeypatch.setattr(Read, "run", None)  # reading again would fail
+    assert ids.stat().st_mtime_ns == before
+    assert prepare(prepare_recipe, tmp_path / "out")["sources"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_preparations_do_not_share_a_directory(prepare_recipe, tmp_path):
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    with locked(work, "a preparation"), pytest.raises(UsageError, match="a preparation already runs here"):
+        prepare(prepare_recipe, tmp_path / "out")
+
+
+def test_ready_sequences_are_a_source_like_others(data, prepare_recipe, tmp_path):
+    dataset = Dataset(data)
+    batch = dataset.batch(7, 0, 60)
+    rows = zip(batch.ids.tolist(), batch.sources.tolist(), strict=True)
+    lines = [json.dumps({"token_ids": ids, "source": dataset.source_names[source]}) for ids, source in rows]
+    (tmp_path / "train_000.jsonl").write_text("\n".join(lines) + "\n")
+    sources = {
+        name: SourceConfig(str(tmp_path / "train_000.jsonl"), "amber", subset=name) for name in ("books", "code")
+    }
+    prepare(dataclasses.replace(prepare_recipe, sources=sources, holdout=0), tmp_path / "out")
+    again = Dataset(tmp_path / "out")
+    stored = again.batch(7, 0, again.size)
+    found = sorted(zip(stored.sources.tolist(), stored.ids.tolist(), strict=True))
+    names = [dataset.source_names[source] for source in batch.sources]
+    expected = sorted(
+        (("books", "code").index(name), ids)
+        for name, ids in zip(names, batch.ids.tolist(), strict=True)
+        if name in sources
+    )
+    assert found == expected
+    (span,) = again.spans(0)
+    assert (span.start, span.end, span.file) == (0, again.sequence_length, "train_000.jsonl")
+
+
+def test_a_hub_data_set_is_a_source_like_others(prepare_recipe, corpus, tmp_path):
+    """A local directory goes the way of a hub's name; its shards have no files to hash, its documents their hashes."""
+    (tmp_path / "hub").mkdir()
+    shutil.copyfile(corpus / "books.jsonl", tmp_path / "hub" / "rows.jsonl")
+    sources = {"books": SourceConfig(str(tmp_path / "hub"), "huggingface", revision="abc")}
+    manifest = prepare(dataclasses.replace(prepare_recipe, sources=sources), tmp_path / "out")
+    plain = {"books": SourceConfig(str(corpus / "books.jsonl"))}
+    expected = prepare(dataclasses.replace(prepare_recipe, sources=plain), tmp_path / "plain")
+    assert manifest["inputs"]["sources"][0]["files"] == [{"name": "shard 0"}]
+    assert (manifest["root"], manifest["corpus_root"]) == (expected["root"], expected["corpus_root"])

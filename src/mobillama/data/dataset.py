@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.data.layout import Layout, SourceCount
+from mobillama.data.layout import GivenLayout, Layout, SourceCount
 from mobillama.data.ledger import Ledger
 from mobillama.data.order import order
 from mobillama.data.store import SequenceFile
@@ -19,6 +19,7 @@ from mobillama.errors import UsageError
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 FORMAT = "mobillama-dataset-2"
+GIVEN = "given"  # the manifest's "order" where sequences stand as they were imported, not as they were dealt out
 PREPARATION_NAME = "preparation.json"
 
 
@@ -53,7 +54,7 @@ def partition(batch_size: int, micro_batch_size: int, rank: int = 0, world_size:
 
 
 class Dataset:
-    """A directory that :func:`mobillama.data.prepare.prepare` wrote.
+    """A directory that :func:`mobillama.data.prepare.pipeline.prepare` or :func:`mobillama.data.amber.import_amber` wrote.
 
     Raises:
         UsageError: there is no data set at ``path``.
@@ -77,12 +78,9 @@ class Dataset:
         self.vocab_size: int = inputs["vocab_size"]
         self.size: int = self.manifest["train_sequences"]
         self.source_names: list[str] = [source["name"] for source in self.manifest["sources"]]
-        counts = [
-            SourceCount(s["name"], s["sequences"], s["holdout_sequences"], s["dealt_sequences"])
-            for s in self.manifest["sources"]
-        ]
-        self.layout = Layout(bytes.fromhex(self.manifest["corpus_root"]), self.prepared_seed, counts)
+        self.layout = self._layout()
         self._chunks = [self._sequence_file(chunk) for chunk in self.manifest["chunks"]]
+        self._holdout = {entry["source"]: self._sequence_file(entry) for entry in self.manifest["holdout"]}
         self._chunk_starts = np.cumsum([0] + [chunk["rows"] for chunk in self.manifest["chunks"]])
 
     @functools.cached_property
@@ -122,11 +120,15 @@ class Dataset:
             ids[chosen] = self._chunks[chunk].read(rows[chosen] - self._chunk_starts[chunk])
         return ids
 
-    def holdout(self, source: str, limit: int = 0) -> NDArray[np.int64]:
-        """Return the first ``limit`` (0: all) held-out sequences of a source, each checked against its hash."""
-        entry = next(entry for entry in self.manifest["holdout"] if entry["source"] == source)
-        count = min(limit or entry["rows"], entry["rows"])
-        return self._sequence_file(entry).read(np.arange(count)).astype(np.int64)
+    def holdout(self, source: str, limit: int = 0, start: int = 0) -> NDArray[np.int64]:
+        """Return ``limit`` (0: all) held-out sequences of a source from ``start`` on, each checked against its hash."""
+        file = self.holdout_file(source)
+        end = min(start + limit, file.rows) if limit else file.rows
+        return file.read(np.arange(start, end)).astype(np.int64)
+
+    def holdout_file(self, source: str) -> SequenceFile:
+        """Return the file of a source's held-out sequences."""
+        return self._holdout[source]
 
     def spans(self, row: int) -> list[Span]:
         """Return the documents that a stored training row is made of, in order."""
@@ -144,5 +146,21 @@ class Dataset:
                 spans.append(Span(begin, end, number, entry.file, entry.line, entry.digest))
         return spans
 
+    def _layout(self) -> Layout | GivenLayout:
+        sources, chunks = self.manifest["sources"], self.manifest["chunks"]
+        counts = [SourceCount(s["name"], s["sequences"], s["holdout_sequences"], s["dealt_sequences"]) for s in sources]
+        if self.manifest.get("order") != GIVEN:
+            return Layout(bytes.fromhex(self.manifest["corpus_root"]), self.prepared_seed, counts)
+        rows = [[chunk["rows_of_source"].get(name, 0) for name in self.source_names] for chunk in chunks]
+        return GivenLayout(counts, np.array(rows, np.int64), functools.cache(self._labels))
+
+    def _labels(self, chunk: int) -> NDArray[np.uint8]:
+        """Return the labels of an imported chunk's rows, memory-mapped, after checking their file."""
+        name = self.manifest["chunks"][chunk]["labels"]
+        verify_manifest(self.path, self.manifest, name)
+        labels: NDArray[np.uint8] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        return labels
+
     def _sequence_file(self, entry: dict[str, Any]) -> SequenceFile:
-        return SequenceFile(self.path / entry["file"], entry["rows"], bytes.fromhex(entry["root"]))
+        shape, dtype = (entry["rows"], self.sequence_length), np.dtype(self.manifest["dtype"])
+        return SequenceFile(self.path / entry["file"], shape, dtype, bytes.fromhex(entry["root"]))

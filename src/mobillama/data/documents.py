@@ -179,12 +179,10 @@ def _parse_line(line: bytes, file: int, number: int, reading: Reading) -> Iterat
 
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return fault("not_json", f"not valid JSON ({error.msg}); mend or remove the line")
     except UnicodeDecodeError as error:
         return fault("not_utf8", f"not UTF-8 ({error}); convert it first")
-    except RecursionError:
-        return fault("not_json", "not valid JSON (nested too deep); mend or remove the line")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
+        return fault("not_json", f"not valid JSON ({getattr(error, 'msg', error)}); mend or remove the line")
     if reading.format == "amber":
         return _parse_sequence(row, line, file, number, reading)
     text = row.get(reading.text_field) if isinstance(row, dict) else None

@@ -2,11 +2,13 @@
 
 Each source is one stream of ids cut into sequences. A permutation of a source's sequences puts the hold-out first; the
 others, dealt out as often as the source's weight says, are ranked one source behind the other; a permutation of all ranks
-is the order of the chunks. Both directions are computed, nothing is stored.
+is the order of the chunks. Both directions are computed, nothing is stored. Only an imported data set, whose order is
+given, stores a label for each row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,3 +110,75 @@ class Layout:
         permutation = self._within[source]
         assert permutation is not None
         return permutation
+
+
+class GivenLayout:
+    """The order of imported sequences, which is as it is: their labels are stored.
+
+    The sequences of a source count in the order of the rows that bear its label; the held-out ones come behind them.
+
+    Args:
+        sources: the sources in the order of their labels.
+        counts: (chunks, sources) rows of each chunk that bear each label.
+        labels: returns the labels of a chunk's rows, (rows,) source indices.
+    """
+
+    def __init__(
+        self, sources: list[SourceCount], counts: NDArray[np.int64], labels: Callable[[int], NDArray[np.uint8]]
+    ) -> None:
+        self.sources = sources
+        self._labels = labels
+        self._starts = np.concatenate([[0], counts.sum(1).cumsum()])
+        self._firsts = np.vstack([np.zeros((1, len(sources)), np.int64), counts.cumsum(0)])
+        self.train_size = int(self._starts[-1])
+        self.holdout_starts = self.train_size + np.cumsum([0] + [source.holdout for source in sources])
+
+    def train_origin(self, row: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (source index, sequence within the source) of stored training rows."""
+        rows = np.atleast_1d(np.asarray(row, np.int64))
+        source, sequence = self.source_of(rows), np.empty_like(rows)
+        for chunk, chosen in self._by_chunk(rows):
+            for index in np.unique(source[chosen]):
+                mine = chosen[source[chosen] == index]
+                places = np.flatnonzero(self._labels(chunk) == index)
+                sequence[mine] = self._firsts[chunk, index] + np.searchsorted(places, rows[mine] - self._starts[chunk])
+        return source, sequence
+
+    def source_of(self, row: ArrayLike) -> NDArray[np.int64]:
+        """Return the source index of stored training rows."""
+        rows = np.atleast_1d(np.asarray(row, np.int64))
+        source = np.empty_like(rows)
+        for chunk, chosen in self._by_chunk(rows):
+            source[chosen] = self._labels(chunk)[rows[chosen] - self._starts[chunk]]
+        return source
+
+    def train_rows(self, source: int, sequence: ArrayLike) -> NDArray[np.int64]:
+        """Return the stored training rows of sequences of a source: (n, 1), -1 for one that is held out."""
+        sequences = np.atleast_1d(np.asarray(sequence, np.int64))
+        rows = np.full((len(sequences), 1), -1)
+        trained = np.flatnonzero(sequences < self.sources[source].dealt)
+        chunks = np.searchsorted(self._firsts[:, source], sequences[trained], side="right") - 1
+        for chunk in np.unique(chunks).tolist():
+            mine = trained[chunks == chunk]
+            places = np.flatnonzero(self._labels(chunk) == source)
+            rows[mine, 0] = self._starts[chunk] + places[sequences[mine] - self._firsts[chunk, source]]
+        return rows
+
+    def destinations(self, source: int, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the sequences start…end of a source are stored, as :meth:`Layout.destinations` does."""
+        sequences = np.arange(start, end)
+        rows = self.train_rows(source, sequences)[:, 0]
+        behind = sequences - self.sources[source].dealt + self.holdout_starts[source]
+        return sequences - start, np.where(rows >= 0, rows, behind)
+
+    def holdout_sequences(self, source: int) -> NDArray[np.int64]:
+        """Return the sequences of a source that are held out, in the order they are stored."""
+        return np.arange(self.sources[source].dealt, self.sources[source].sequences)
+
+    def _by_chunk(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each chunk that holds some of the rows, and which ones."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.train_size:
+            raise IndexError(f"a row outside 0…{self.train_size - 1}")
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        for chunk in np.unique(chunks).tolist():
+            yield chunk, np.flatnonzero(chunks == chunk)

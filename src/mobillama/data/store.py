@@ -71,13 +71,15 @@ class SequenceFile:
 
     Args:
         path: the ``.npy`` file.
-        rows: number of rows that its manifest states.
+        shape: (rows, sequence length) that its manifest states.
+        dtype: the integers' type that its manifest states.
         root: the Merkle root that its manifest states.
     """
 
-    def __init__(self, path: Path, rows: int, root: bytes) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype[np.unsignedinteger], root: bytes) -> None:
         self.path = path
-        self.rows = rows
+        self.rows, self.length = shape
+        self.dtype = dtype
         self.root = root
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
@@ -87,7 +89,7 @@ class SequenceFile:
             CorruptDataError: the file is missing, truncated, or a row differs from what was prepared.
         """
         out = np.asarray(self._mapped[rows])
-        for row, ids, leaf in zip(rows.tolist(), out, self._leaves[rows], strict=True):
+        for row, ids, leaf in zip(rows.tolist(), out, np.asarray(self._leaves[rows]), strict=True):
             if leaf_digest(ids.data) != leaf.tobytes():
                 raise CorruptDataError(
                     f"{self.path}: sequence {row} differs from what was prepared; prepare the data again"
@@ -96,26 +98,26 @@ class SequenceFile:
 
     @functools.cached_property
     def _mapped(self) -> NDArray[np.unsignedinteger]:
-        return self._open(self.path)
+        return self._open(self.path, (self.rows, self.length), self.dtype)
 
     @functools.cached_property
     def _leaves(self) -> NDArray[np.uint8]:
-        leaves = self._open(leaves_path(self.path))
+        leaves = self._open(leaves_path(self.path), (self.rows, 32), np.dtype("u1"))
         if merkle_root([row.tobytes() for row in leaves]) != self.root:
             raise CorruptDataError(
                 f"{leaves_path(self.path)}: differs from the root in the manifest; prepare the data again"
             )
         return leaves
 
-    def _open(self, path: Path) -> NDArray[Any]:
+    def _open(self, path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise CorruptDataError(f"{path}: missing; prepare the data again") from None
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # numpy lets through whatever parsing a changed header raises
             raise CorruptDataError(f"{path}: truncated or damaged ({error}); prepare the data again") from None
-        if array.shape[0] != self.rows:
+        if (array.shape, array.dtype, array.flags.c_contiguous) != (shape, dtype, True):
             raise CorruptDataError(
-                f"{path}: {array.shape[0]} rows, its manifest says {self.rows}; prepare the data again"
+                f"{path}: holds {array.shape} of {array.dtype}, its manifest says {shape} of {dtype}; prepare the data again"
             )
         return array

@@ -299,8 +299,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
             raise lines.error from None
         if not lines.count:
             raise UsageError("texts: hold no text; give files with documents") from None
-        reason = str(error).split(") ")[-1].split("]")[-1].strip()
-        raise UsageError(f"vocab_size: no vocabulary of {vocab_size} can be made of these texts ({reason})") from None
+        most, least = (re.search(pattern, str(error)) for pattern in (r"<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
+        bound = f"at most {most[1]}" if most else f"at least {least[1]}" if least else str(error)
+        raise UsageError(f"no vocabulary of {vocab_size} ids can be made of these texts: {bound}") from None
     with replaced_file(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import mobillama
 
-_PACKAGES = ("torch", "transformers", "numpy", "sentencepiece", "tokenizers")
+_PACKAGES = ("torch", "transformers", "numpy", "sentencepiece", "tokenizers", "datatrove")
 
 
 def environment() -> dict[str, Any]:

@@ -50,11 +50,11 @@ def read_manifest(directory: Path, expected_format: str) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{directory}: no {MANIFEST_NAME} there, so this is no finished {expected_format}")
     manifest = read_json(path)
-    if manifest.get("format") != expected_format:
-        found = manifest.get("format")
+    found, stated = manifest.get("format"), manifest.pop("digest", None)
+    intact = stated == sha256_json(manifest) and isinstance(manifest.get("files"), dict)
+    if found != expected_format and (intact or stated is None):
         raise UsageError(f"{path}: describes {found!r}, not {expected_format!r}; point to the right directory")
-    stated = manifest.pop("digest", None)
-    if stated != sha256_json(manifest) or not isinstance(manifest.get("files"), dict):
+    if not intact:
         raise CorruptDataError(f"{path}: was changed after it was written; restore it from a copy")
     manifest["digest"] = stated
     return manifest

@@ -144,7 +144,8 @@ def verify_corpus(path: Path, deep: int, seed: int, places: dict[str, Path], wor
         VerificationError: a sequence does not come out again.
         UsageError: raw documents are not where they were.
     """
-    from mobillama.data.verify import rederive, sample_rows, verify
+    from mobillama.data.rederive import rederive, sample_rows
+    from mobillama.data.verify import verify
 
     with progress() as show:
         facts = verify(path, workers or os.cpu_count() or 1, show)
@@ -153,6 +154,8 @@ def verify_corpus(path: Path, deep: int, seed: int, places: dict[str, Path], wor
         if unknown:
             raise UsageError(f"--source: no source '{unknown[0]}'; there are {', '.join(dataset.source_names)}")
         derived = rederive(dataset, sample_rows(dataset, deep, seed), places, show) if deep else 0
+    for line in facts["notes"]:
+        note(line)
     note(f"{path}: whole; {facts['files']:,} files, {facts['bytes']:,} bytes, {facts['sequences']:,} sequences")
     if deep:
         note(f"{derived:,} sequences made anew from raw documents, all equal")

@@ -12,7 +12,7 @@ from mobillama.data.prepare.duplicates import _clusters
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.recipe import CleanConfig, SourceConfig
 
-WORDS = "the river bends slowly past an old mill where children fish on quiet mornings and trains run late".split()
+WORDS = ["river", "bends", "slowly", "past", "old", "mill", "children", "fish", "quiet", "mornings", "trains", "late"]
 
 
 def document(seed: int, count: int = 120) -> str:

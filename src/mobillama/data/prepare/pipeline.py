@@ -203,8 +203,8 @@ class _Preparation:
         different = _difference(before, inputs)
         if not different:
             return
-        read = not _difference(_of_reading(before), _of_reading(inputs))
-        if read and not (self.work / "stages" / SORT_STAGE / "done").exists():
+        read_otherwise = _difference(_of_reading(before), _of_reading(inputs))
+        if not read_otherwise and not (self.work / "stages" / SORT_STAGE / "done").exists():
             for name in (f"stages/{SORT_STAGE}", "runs", "result"):
                 shutil.rmtree(self.work / name, ignore_errors=True)
         elif _is_cheap(self.work):
@@ -214,7 +214,7 @@ class _Preparation:
             (self.work / "dropped.npy").unlink(missing_ok=True)
         else:
             raise UsageError(
-                f"{self.work}: holds an unfinished preparation with another '{different}'; "
+                f"{self.work}: holds an unfinished preparation with another '{read_otherwise or different}'; "
                 "remove it to start anew, or choose another --out"
             )
         (self.work / "inputs.json").unlink()
@@ -343,6 +343,10 @@ class _Preparation:
         layout: Layout,
         written: list[dict[str, Any]],
     ) -> dict[str, Any]:
+        # What a killed attempt left is no part of the data.
+        for leftover in (*self.work.glob("documents/.*.tmp"), *self.result.rglob(".*.tmp")):
+            leftover.unlink()
+        (self.result / PREPARATION_NAME).unlink(missing_ok=True)
         for table in (self.work / "documents").iterdir():
             os.replace(table, self.result / "documents" / table.name)
         save_tokenizer(self.tokenizer, self.result / "tokenizer")

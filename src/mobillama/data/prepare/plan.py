@@ -85,9 +85,10 @@ def describe_inputs(
         settings = asdict(source)
         if source.format != "huggingface":
             del settings["path"]
-        described = [{"name": file.name, "bytes": file.bytes, "sha256": digests[file.path]} for file in files]
-        if source.format == "huggingface":
-            described = [{"name": file.name} for file in files]
+        described: list[dict[str, Any]] = [
+            {"name": file.name, "bytes": file.bytes, "sha256": digests[file.path]} if file.time else {"name": file.name}
+            for file in files
+        ]
         sources.append({"name": name, **settings, "files": described})
     return {
         "sequence_length": recipe.sequence_length,

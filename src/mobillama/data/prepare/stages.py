@@ -1,13 +1,17 @@
 """Stages: the same tasks run on this machine's cores, a Slurm cluster or a Ray cluster, by datatrove's executors.
 
-A task that is done leaves a completion marker and is never run again; one that fails leaves a record of its error, which
-becomes the error of the stage. The number of tasks comes from the input alone, never from the workers.
+A task is a rank of a pipeline of datatrove's steps. One that is done leaves a completion marker and is never run again; one
+that fails leaves a record of its error, which ends the stage: no other task is begun, and the record becomes the stage's
+error. The number of tasks comes from the input alone, never from the workers.
 """
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
+import itertools
 import json
+import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,8 +20,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +33,19 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from mobillama.errors import CorruptDataError, UsageError
+from mobillama.record.files import write_json
 
 Progress = Callable[[str, float, float], None]
 
-_POLL_SECONDS = 0.1
-_SLURM_POLL_SECONDS = 2.0
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_ERRORS = {error.__name__: error for error in (UsageError, CorruptDataError)}
+_WATCH_SECONDS = 0.2
+_SLURM_POLL_SECONDS = 1.0
+_SLURM_CANCEL_SECONDS = 30.0
+_SLURM_JOBS = 1000  # a cluster takes arrays of 1,000 unless it was set up otherwise
+_ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UsageError, CorruptDataError)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Execution:
     slurm_partition: str = ""
     """Slurm partition to submit to."""
     slurm_time: str = "24:00:00"
-    """Slurm time limit of a task."""
+    """Slurm time limit of a job, which does its share of a stage's tasks."""
     memory_gb: int = 2
     """Memory asked of Slurm or Ray for a task, in GiB."""
 
@@ -83,46 +93,28 @@ def run_stage(
         steps: datatrove's pipeline of a task.
         sizes: an entry for each task: how much of the stage's progress it is.
         execution: where to run.
-        progress: told (stage, done, total) as tasks report.
+        progress: told (stage, done, total) as tasks report, from a thread of its own.
 
     Raises:
-        UsageError, CorruptDataError: as the first task that failed said.
+        UsageError, CorruptDataError: as the first task that failed said; or tasks were killed.
         RuntimeError: a task failed otherwise; the text holds its traceback.
     """
-    folder = work / "stages" / name
-    total = float(sum(sizes))
-    if not sizes or (folder / "done").exists():
-        progress(name, total, total)
-        return
-    for part in ("completions", "progress"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "failures", ignore_errors=True)
-    (folder / "failures").mkdir()
-    executor = _executor(folder, name, steps, len(sizes), execution)
-    logger.disable("datatrove")
-    crash: list[BaseException] = []
-
-    def run() -> None:
-        try:
+    folder, total = work.absolute() / "stages" / name, float(sum(sizes))
+    if sizes and not (folder / "done").exists():
+        for part in ("completions", "progress"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "failures", ignore_errors=True)
+        (folder / "failures").mkdir()
+        logger.disable("datatrove")
+        with _watched(folder, sizes, lambda amount: progress(name, amount, total)):
+            executor = _EXECUTORS[execution.executor](folder, name, steps, len(sizes), execution)
             executor.run()
-        except BaseException as error:  # what a task raised stands in its record, this is for all else
-            crash.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while True:
-        running = thread.is_alive() or (isinstance(executor, SlurmPipelineExecutor) and _slurm_is_running(executor))
-        _raise_failure(folder)
-        done = {int(path.name) for path in (folder / "completions").iterdir()}
-        progress(name, _done(folder, sizes, done), total)
-        if len(done) == len(sizes):
-            break
-        if not running:
-            reason = f": {crash[0]}" if crash else " without a word; see its scheduler's log"
-            raise RuntimeError(f"{len(sizes) - len(done)} of {len(sizes)} tasks of stage '{name}' ended{reason}")
-        time.sleep(_SLURM_POLL_SECONDS if execution.executor == "slurm" else _POLL_SECONDS)
-    thread.join()
-    (folder / "done").touch()
+            _raise_failure(folder)
+            missing = executor.get_incomplete_ranks()
+            if missing:
+                raise RuntimeError(f"{len(missing)} of {len(sizes)} tasks of stage '{name}' ended without a word")
+        (folder / "done").touch()
+    progress(name, total, total)
 
 
 class Beat:
@@ -139,68 +131,31 @@ class Beat:
             self._path.write_text(str(done))
 
 
-def _executor(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
-    logs = str(folder.absolute())
-    if execution.executor == "slurm":
-        return _Slurm(
-            steps,
-            tasks,
-            time=execution.slurm_time,
-            partition=execution.slurm_partition,
-            mem_per_cpu_gb=execution.memory_gb,
-            workers=execution.workers or -1,
-            job_name=f"mobillama-{name}",
-            qos="",
-            env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
-            logging_dir=logs,
-        )
-    if execution.executor == "ray":
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise UsageError("--executor ray: needs Ray: pip install ray") from None
-        ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-        workers = execution.workers or -1
-        return _Ray(steps, tasks, workers=workers, mem_per_cpu_gb=execution.memory_gb, logging_dir=logs)
-    return _Local(steps, tasks, workers=min(execution.local_workers, tasks), logging_dir=logs)
+@contextmanager
+def _watched(folder: Path, sizes: Sequence[float], report: Callable[[float], None]) -> Iterator[None]:
+    """Report how far the tasks are while the block runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        pause = 0.0
+        while not ended.wait(pause):
+            started = time.monotonic()
+            amount = _amount(folder, sizes)
+            if amount < sum(sizes):
+                report(amount)
+            pause = max(_WATCH_SECONDS, 20 * (time.monotonic() - started))  # many markers take long to list
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
-class _Recorded:
-    """An executor whose tasks stay silent, die with the process that waits for them, and leave a record when they fail."""
-
-    logging_dir: Any
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        logger.disable("datatrove")
-        try:
-            return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
-        except Exception as error:
-            record = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            if isinstance(error, OSError):
-                record["path"], record["reason"] = error.filename, error.strerror
-            with self.logging_dir.open(f"failures/{rank:05d}.json", "w") as file:
-                json.dump(record, file)
-            raise
-
-
-class _Local(_Recorded, LocalPipelineExecutor):
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        if threading.current_thread() is threading.main_thread():  # a worker process of its own
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        return super()._run_for_rank(rank, local_rank, node_rank)
-
-
-class _Ray(_Recorded, RayPipelineExecutor):
-    pass
-
-
-class _Slurm(_Recorded, SlurmPipelineExecutor):
-    def launch_merge_stats(self) -> None:
-        """Start no second job for statistics: the ledger holds them."""
-
-
-def _done(folder: Path, sizes: Sequence[float], done: set[int]) -> float:
+def _amount(folder: Path, sizes: Sequence[float]) -> float:
+    done = {int(path.name) for path in (folder / "completions").iterdir()}
     amount = sum(sizes[rank] for rank in done)
     for path in (folder / "progress").iterdir():
         if int(path.name) not in done:
@@ -209,20 +164,214 @@ def _done(folder: Path, sizes: Sequence[float], done: set[int]) -> float:
 
 
 def _raise_failure(folder: Path) -> None:
-    for path in sorted((folder / "failures").glob("*.json")):
+    for path in sorted((folder / "failures").glob("[0-9]*.json")):
+        kind, message = json.loads(path.read_text(encoding="utf-8"))
+        raise _ERRORS.get(kind, RuntimeError)(message)
+
+
+class _Recorded:
+    """An executor whose tasks say nothing on the terminal, and leave a record when they fail."""
+
+    logging_dir: Any
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        failures = Path(self.logging_dir.path) / "failures"
+        if any(failures.iterdir()):  # the stage has failed
+            return PipelineStats()
+        logger.disable("datatrove")
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a task for each core
         try:
-            record = json.loads(path.read_text())
-        except json.JSONDecodeError:  # being written
-            continue
-        if record["type"] in _ERRORS:
-            raise _ERRORS[record["type"]](record["message"])
-        if record.get("reason"):
-            raise UsageError(f"{record['path']}: {record['reason']}; free space, mend permissions, then run this again")
-        raise RuntimeError(f"task {path.stem} of stage '{folder.name}' failed\n{record['traceback']}")
+            return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
+        except Exception as error:
+            write_json(failures / f"{rank:05d}.json", _described(error, failures.parent))
+            raise
 
 
-def _slurm_is_running(executor: SlurmPipelineExecutor) -> bool:
-    if executor.job_id in (None, -1):
-        return False
-    listed = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)  # noqa: S603, S607
-    return listed.returncode == 0 and bool(listed.stdout.strip())
+def _described(error: Exception, folder: Path) -> list[str]:
+    """Return the kind and the message of an error as the person at the terminal is to see it."""
+    if type(error).__name__ in _ERRORS:
+        return [type(error).__name__, str(error)]
+    if isinstance(error, OSError):
+        reason = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
+        return ["UsageError", f"{reason}; free space or mend permissions, then run this again"]
+    return ["RuntimeError", f"a task of stage '{folder.name}' failed\n{traceback.format_exc()}"]
+
+
+class _Local(_Recorded, LocalPipelineExecutor):
+    """datatrove's local executor, on processes that end with this one and whose death is noticed.
+
+    Its own pool waits for ever for a task whose worker the system has killed, and leaves workers behind when this process
+    is killed. Here the only link to a worker is a pipe, which breaks with either end.
+    """
+
+    pipeline: list[PipelineStep]
+
+    def run(self) -> None:
+        ranks = iter(self.get_incomplete_ranks())
+        if self.workers == 1:
+            pipeline = self.pipeline
+            for rank in ranks:
+                self.pipeline = deepcopy(pipeline)
+                self.run_quietly(rank)
+            return
+        context = _worker_context()
+        workers: dict[Any, Any] = {}
+        try:
+            for rank in itertools.islice(ranks, self.workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(self, theirs), daemon=True)
+                process.start()
+                workers[ours] = process
+                theirs.close()
+                ours.send(rank)
+            busy = set(workers)
+            while busy:
+                worker: Any
+                for worker in connection.wait(list(busy)):
+                    try:
+                        worker.recv()
+                        following = next(ranks, None)
+                        if following is None:
+                            busy.remove(worker)
+                        else:
+                            worker.send(following)
+                    except (EOFError, OSError):
+                        raise UsageError(
+                            f"{self.logging_dir.path}: a worker process was killed, by the system if memory ran out; "
+                            "use fewer --workers, then run this again"
+                        ) from None
+        finally:
+            for process in workers.values():
+                process.kill()
+            for process in workers.values():
+                process.join()
+
+    def run_quietly(self, rank: int) -> None:
+        """Do a task; its failure is a record, after which no other task begins."""
+        try:
+            self._run_for_rank(rank)
+        except Exception:
+            if not any((Path(self.logging_dir.path) / "failures").iterdir()):
+                raise
+
+
+def _worker_context() -> Any:
+    """Return a context whose processes have everything imported already, and leave Ctrl-C to this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mobillama.data.prepare.pipeline"])
+    resource_tracker.ensure_running()  # here, because its start unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return context
+
+
+def _work(executor: _Local, parent: Any) -> None:
+    """Do one task after the other as a worker process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            executor.run_quietly(parent.recv())
+            parent.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Ray(_Recorded, RayPipelineExecutor):
+    """datatrove's Ray executor."""
+
+
+class _Slurm(_Recorded, SlurmPipelineExecutor):
+    """datatrove's Slurm executor, which here waits for its jobs and takes them with it when it is stopped."""
+
+    def run(self) -> None:
+        if "SLURM_ARRAY_TASK_ID" in os.environ:  # within a job
+            super().run()
+            return
+        self._cancel()  # jobs that outlived an earlier attempt write the same files
+        folder = Path(self.logging_dir.path)
+        try:
+            try:
+                self.launch_job()
+            except subprocess.CalledProcessError as error:
+                raise UsageError(f"--executor slurm: sbatch failed ({error}); its reason stands above") from None
+            while self._is_queued():
+                _raise_failure(folder)
+                time.sleep(_SLURM_POLL_SECONDS)
+        except BaseException:
+            self._cancel()
+            raise
+        missing = self.get_incomplete_ranks()
+        if missing and not any((folder / "failures").iterdir()):
+            raise UsageError(
+                f"--executor slurm: {len(missing)} of {self.tasks} tasks were ended; the last words are "
+                f"'{_last_words(folder / 'slurm_logs')}'; more --slurm-time or --memory-gb may help"
+            )
+
+    def launch_merge_stats(self) -> None:
+        """Start no second job for statistics: the ledger holds them."""
+
+    def _is_queued(self) -> bool:
+        """Tell whether jobs wait or run; as long as Slurm does not answer, they may."""
+        words = ["squeue", "--noheader", f"--name={self.job_name}"]
+        listed = subprocess.run(words, capture_output=True, text=True)  # noqa: S603
+        return listed.returncode != 0 or bool(listed.stdout.strip())
+
+    def _cancel(self) -> None:
+        if not self._is_queued():
+            return
+        subprocess.run(["scancel", f"--name={self.job_name}"], capture_output=True)  # noqa: S603, S607
+        until = time.monotonic() + _SLURM_CANCEL_SECONDS
+        while self._is_queued() and time.monotonic() < until:
+            time.sleep(_SLURM_POLL_SECONDS)
+
+
+def _last_words(folder: Path) -> str:
+    logs = sorted(folder.glob("*.out"), key=lambda path: path.stat().st_mtime_ns)
+    words = [line for path in logs[-1:] for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return words[-1] if words else ""
+
+
+def _local(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+    return _Local(steps, tasks, workers=min(execution.local_workers, tasks), logging_dir=str(folder))
+
+
+def _ray(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise UsageError("--executor ray: needs Ray: pip install 'mobillama[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise UsageError(f"--executor ray: {' '.join(str(error).split())}") from None
+    workers = execution.workers or -1
+    return _Ray(steps, tasks, workers=workers, mem_per_cpu_gb=execution.memory_gb, logging_dir=str(folder))
+
+
+def _slurm(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+    return _Slurm(
+        steps,
+        tasks,
+        time=execution.slurm_time,
+        partition=execution.slurm_partition,
+        mem_per_cpu_gb=execution.memory_gb,
+        workers=execution.workers or -1,
+        job_name=f"mobillama-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}",
+        qos="",
+        env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
+        tasks_per_job=-(-tasks // _SLURM_JOBS),
+        with_srun=False,
+        logging_dir=str(folder),
+    )
+
+
+_EXECUTORS = {"local": _local, "ray": _ray, "slurm": _slurm}

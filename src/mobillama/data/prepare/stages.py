@@ -1,8 +1,7 @@
 """Stages: the same tasks run on this machine's cores, a Slurm cluster or a Ray cluster, by datatrove's executors.
 
-A task is a rank of a pipeline of datatrove's steps. One that is done leaves a completion marker and is never run again; one
-that fails leaves a record of its error, which ends the stage: no other task is begun, and the record becomes the stage's
-error. The number of tasks comes from the input alone, never from the workers.
+A task is a rank of a pipeline of datatrove's steps. One that is done leaves a completion marker and is never run again; the
+error of the first that fails ends the stage. The number of tasks comes from the input alone, never from the workers.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +22,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
@@ -36,16 +35,17 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
-from mobillama.errors import CorruptDataError, UsageError
+from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.record.files import write_json
 
 Progress = Callable[[str, float, float], None]
 
 _WATCH_SECONDS = 0.2
 _SLURM_POLL_SECONDS = 1.0
-_SLURM_CANCEL_SECONDS = 30.0
+_CANCEL_SECONDS = 30.0
 _SLURM_JOBS = 1000  # a cluster takes arrays of 1,000 unless it was set up otherwise
-_ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UsageError, CorruptDataError)}
+_RAY_TASKS = 4096  # handed to Ray at a time
+_ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (UsageError, CorruptDataError, RuntimeError)}
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,9 @@ def run_stage(
     if sizes and not (folder / "done").exists():
         for part in ("completions", "progress"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / "failures", ignore_errors=True)
-        (folder / "failures").mkdir()
         logger.disable("datatrove")
         with _watched(folder, sizes, lambda amount: progress(name, amount, total)):
-            executor = _EXECUTORS[execution.executor](folder, name, steps, len(sizes), execution)
-            executor.run()
-            _raise_failure(folder)
-            missing = executor.get_incomplete_ranks()
-            if missing:
-                raise RuntimeError(f"{len(missing)} of {len(sizes)} tasks of stage '{name}' ended without a word")
+            _EXECUTORS[execution.executor](folder, steps, len(sizes), execution).run()
         (folder / "done").touch()
     progress(name, total, total)
 
@@ -163,56 +156,42 @@ def _amount(folder: Path, sizes: Sequence[float]) -> float:
     return amount
 
 
-def _raise_failure(folder: Path) -> None:
-    for path in sorted((folder / "failures").glob("[0-9]*.json")):
-        kind, message = json.loads(path.read_text(encoding="utf-8"))
-        raise _ERRORS.get(kind, RuntimeError)(message)
-
-
-class _Recorded:
-    """An executor whose tasks say nothing on the terminal, and leave a record when they fail."""
+class _Told:
+    """An executor whose tasks say nothing on the terminal; what goes wrong is an error whose message tells it all."""
 
     logging_dir: Any
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.logging_dir.path)
+
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        failures = Path(self.logging_dir.path) / "failures"
-        if any(failures.iterdir()):  # the stage has failed
-            return PipelineStats()
         logger.disable("datatrove")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a task for each core
-        try:
-            return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
-        except Exception as error:
-            write_json(failures / f"{rank:05d}.json", _described(error, failures.parent))
+        try:  # not Ray's way to do it, which logs in a directory of /tmp that belongs to who came first
+            return PipelineExecutor._run_for_rank(self, rank, local_rank, node_rank)
+        except MobiLlamaError:
             raise
+        except OSError as error:
+            where = error.filename or self.folder.parents[1]
+            reason = f"{where}: {error.strerror}" if error.strerror else str(error)
+            raise UsageError(f"{reason}; free space or mend permissions, then run this again") from None
+        except Exception:
+            said = f"task {rank} of stage '{self.folder.name}' failed\n{traceback.format_exc()}"
+            raise RuntimeError(said) from None
 
 
-def _described(error: Exception, folder: Path) -> list[str]:
-    """Return the kind and the message of an error as the person at the terminal is to see it."""
-    if type(error).__name__ in _ERRORS:
-        return [type(error).__name__, str(error)]
-    if isinstance(error, OSError):
-        reason = f"{error.filename or folder}: {error.strerror}" if error.strerror else str(error)
-        return ["UsageError", f"{reason}; free space or mend permissions, then run this again"]
-    return ["RuntimeError", f"a task of stage '{folder.name}' failed\n{traceback.format_exc()}"]
-
-
-class _Local(_Recorded, LocalPipelineExecutor):
+class _Local(_Told, LocalPipelineExecutor):
     """datatrove's local executor, on processes that end with this one and whose death is noticed.
 
-    Its own pool waits for ever for a task whose worker the system has killed, and leaves workers behind when this process
+    Its own pool waits for ever for a task whose worker the system has killed, and leaves processes behind when this one
     is killed. Here the only link to a worker is a pipe, which breaks with either end.
     """
-
-    pipeline: list[PipelineStep]
 
     def run(self) -> None:
         ranks = iter(self.get_incomplete_ranks())
         if self.workers == 1:
-            pipeline = self.pipeline
             for rank in ranks:
-                self.pipeline = deepcopy(pipeline)
-                self.run_quietly(rank)
+                self._run_for_rank(rank)
             return
         context = _worker_context()
         workers: dict[Any, Any] = {}
@@ -228,31 +207,29 @@ class _Local(_Recorded, LocalPipelineExecutor):
             while busy:
                 worker: Any
                 for worker in connection.wait(list(busy)):
-                    try:
-                        worker.recv()
-                        following = next(ranks, None)
-                        if following is None:
-                            busy.remove(worker)
-                        else:
-                            worker.send(following)
-                    except (EOFError, OSError):
-                        raise UsageError(
-                            f"{self.logging_dir.path}: a worker process was killed, by the system if memory ran out; "
-                            "use fewer --workers, then run this again"
-                        ) from None
+                    if not self._hand_on(worker, ranks):
+                        busy.remove(worker)
         finally:
             for process in workers.values():
                 process.kill()
             for process in workers.values():
                 process.join()
 
-    def run_quietly(self, rank: int) -> None:
-        """Do a task; its failure is a record, after which no other task begins."""
+    def _hand_on(self, worker: Any, ranks: Iterator[int]) -> bool:
+        """Raise what a worker has met, or give it the next task; tell whether there was one."""
         try:
-            self._run_for_rank(rank)
-        except Exception:
-            if not any((Path(self.logging_dir.path) / "failures").iterdir()):
-                raise
+            error = worker.recv()
+            rank = None if error else next(ranks, None)
+            if rank is not None:
+                worker.send(rank)
+        except (EOFError, OSError):
+            raise UsageError(
+                f"stage '{self.folder.name}': a worker process was killed, by the system if memory ran out; "
+                "use fewer --workers, then run this again"
+            ) from None
+        if error:
+            raise error
+        return rank is not None
 
 
 def _worker_context() -> Any:
@@ -271,10 +248,15 @@ def _worker_context() -> Any:
 def _work(executor: _Local, parent: Any) -> None:
     """Do one task after the other as a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for each core
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
-            executor.run_quietly(parent.recv())
-            parent.send(None)
+            rank, error = parent.recv(), None
+            try:
+                executor._run_for_rank(rank)
+            except Exception as raised:
+                error = raised
+            parent.send(error)
 
 
 def _end_with_parent() -> None:
@@ -284,11 +266,44 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class _Ray(_Recorded, RayPipelineExecutor):
-    """datatrove's Ray executor."""
+class _Ray(_Told, RayPipelineExecutor):
+    """datatrove's Ray executor, on tasks of Ray's.
+
+    Its own run starts an actor and a pool of processes for each task, goes on where one has failed, and never ends after
+    Ctrl-C.
+    """
+
+    def run(self) -> None:
+        import ray
+
+        ranks, this = iter(self.get_incomplete_ranks()), ray.put(self)
+        do_task = ray.remote(num_cpus=1, memory=self.mem_per_cpu_gb << 30)(_do_ray_task)
+        running: list[Any] = []
+        try:
+            running += [do_task.remote(this, rank) for rank in itertools.islice(ranks, min(self.workers, _RAY_TASKS))]
+            while running:
+                (ended,), running = ray.wait(running)
+                ray.get(ended)
+                running += [do_task.remote(this, rank) for rank in itertools.islice(ranks, 1)]
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise UsageError(f"--executor ray: {' '.join(str(error).split())}") from None
+        finally:
+            for task in running:
+                ray.cancel(
+                    task
+                )  # force would at times crash this process: "Tried to complete task that was not pending"
+            if running:
+                ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
 
 
-class _Slurm(_Recorded, SlurmPipelineExecutor):
+def _do_ray_task(executor: _Ray, rank: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    executor._run_for_rank(rank)
+
+
+class _Slurm(_Told, SlurmPipelineExecutor):
     """datatrove's Slurm executor, which here waits for its jobs and takes them with it when it is stopped."""
 
     def run(self) -> None:
@@ -296,24 +311,49 @@ class _Slurm(_Recorded, SlurmPipelineExecutor):
             super().run()
             return
         self._cancel()  # jobs that outlived an earlier attempt write the same files
-        folder = Path(self.logging_dir.path)
+        for part in ("failures", "slurm_logs"):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+            (self.folder / part).mkdir()
         try:
-            try:
-                self.launch_job()
-            except subprocess.CalledProcessError as error:
-                raise UsageError(f"--executor slurm: sbatch failed ({error}); its reason stands above") from None
-            while self._is_queued():
-                _raise_failure(folder)
+            self.launch_job()
+            while self.get_incomplete_ranks():
+                queued = self._is_queued()  # asked before the records are read: who has ended has left his
+                self._raise_failure()
+                if not queued and (missing := self.get_incomplete_ranks()):
+                    raise UsageError(
+                        f"--executor slurm: {len(missing)} of {self.tasks} tasks of stage '{self.folder.name}' were ended "
+                        f"from outside ({self._last_words()}); more --slurm-time or --memory-gb may help"
+                    )
                 time.sleep(_SLURM_POLL_SECONDS)
+        except subprocess.CalledProcessError:
+            raise UsageError("--executor slurm: sbatch refused the job; its reason stands above") from None
         except BaseException:
             self._cancel()
             raise
-        missing = self.get_incomplete_ranks()
-        if missing and not any((folder / "failures").iterdir()):
-            raise UsageError(
-                f"--executor slurm: {len(missing)} of {self.tasks} tasks were ended; the last words are "
-                f"'{_last_words(folder / 'slurm_logs')}'; more --slurm-time or --memory-gb may help"
-            )
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        try:
+            return super()._run_for_rank(rank, local_rank, node_rank)
+        except Exception as error:  # a record for the process that waits
+            write_json(self.folder / "failures" / f"{rank:05d}.json", [type(error).__name__, str(error)])
+            raise
+
+    def _raise_failure(self) -> None:
+        for path in sorted((self.folder / "failures").glob("[0-9]*.json")):
+            kind, message = json.loads(path.read_text(encoding="utf-8"))
+            raise _ERRORS[kind](message)
+
+    def _last_words(self) -> str:
+        logs = sorted((self.folder / "slurm_logs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        words = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        return words[-1] if words else "before they began"
+
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """Return datatrove's script, but with quotes: paths may have spaces, those of stages do."""
+        quoted = {key: f'"{value}"' if value else value for key, value in sbatch_args.items()}
+        command = shlex.join(["launch_pickled_pipeline", str(self.folder / "executor.pik")])
+        return str(super().get_launch_file_contents(quoted, command))
 
     def launch_merge_stats(self) -> None:
         """Start no second job for statistics: the ledger holds them."""
@@ -328,22 +368,16 @@ class _Slurm(_Recorded, SlurmPipelineExecutor):
         if not self._is_queued():
             return
         subprocess.run(["scancel", f"--name={self.job_name}"], capture_output=True)  # noqa: S603, S607
-        until = time.monotonic() + _SLURM_CANCEL_SECONDS
+        until = time.monotonic() + _CANCEL_SECONDS
         while self._is_queued() and time.monotonic() < until:
             time.sleep(_SLURM_POLL_SECONDS)
 
 
-def _last_words(folder: Path) -> str:
-    logs = sorted(folder.glob("*.out"), key=lambda path: path.stat().st_mtime_ns)
-    words = [line for path in logs[-1:] for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return words[-1] if words else ""
-
-
-def _local(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+def _local(folder: Path, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
     return _Local(steps, tasks, workers=min(execution.local_workers, tasks), logging_dir=str(folder))
 
 
-def _ray(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+def _ray(folder: Path, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
     try:
         import ray
     except ModuleNotFoundError:
@@ -357,7 +391,7 @@ def _ray(folder: Path, name: str, steps: list[PipelineStep], tasks: int, executi
     return _Ray(steps, tasks, workers=workers, mem_per_cpu_gb=execution.memory_gb, logging_dir=str(folder))
 
 
-def _slurm(folder: Path, name: str, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
+def _slurm(folder: Path, steps: list[PipelineStep], tasks: int, execution: Execution) -> PipelineExecutor:
     return _Slurm(
         steps,
         tasks,

@@ -196,3 +196,16 @@ def test_texts_of_several_places(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "b.txt").write_text("b")
     assert list(read_texts([tmp_path / "a.jsonl", tmp_path / "d"])) == [text for text in TEXTS if text] + ["b"]
+
+
+def test_a_bad_line_is_named_by_its_place_in_the_whole_file(tmp_path):
+    piece = write(tmp_path, "a.jsonl", lines(["x"] * 40) + b"{\n")
+    half = (tmp_path / "a.jsonl").stat().st_size // 2
+    with pytest.raises(CorruptDataError, match=r"a.jsonl:41: not valid JSON"):
+        list(read_piece(Piece(piece.path, 0, half, 2 * half), Reading()))
+
+
+def test_a_number_too_long_for_python_is_a_bad_line_like_others(tmp_path):
+    piece = write(tmp_path, "a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n")
+    with pytest.raises(CorruptDataError, match=r"a.jsonl:1: not valid JSON"):
+        list(read_piece(piece, Reading()))

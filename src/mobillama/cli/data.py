@@ -67,9 +67,7 @@ def _add_data(group: Verbs) -> None:
     )
     verb.add_argument("--workers", type=int, default=0, help="tasks at a time (default: all cores, or the cluster's)")
     verb.add_argument("--slurm-partition", default="", help="with slurm: the partition to submit to")
-    verb.add_argument(
-        "--slurm-time", default="24:00:00", help="with slurm: time limit of a task (default: %(default)s)"
-    )
+    verb.add_argument("--slurm-time", default="24:00:00", help="with slurm: time limit of a job (default: %(default)s)")
     verb.add_argument("--memory-gb", type=int, default=2, help="with slurm, ray: GiB for a task (default: %(default)s)")
 
     verb = add_verb(group, "verify", _data_verify, "hash everything again, and re-derive sequences from raw documents")

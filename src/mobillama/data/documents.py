@@ -121,8 +121,10 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
     try:
         for document in readers[format](path, piece, reading):
             if document.fault and not reading.skip_bad and document.fault != "too_long":
+                before = count_lines(Piece(piece.path, piece.file, 0, piece.start)) if piece.start else 0
                 raise CorruptDataError(
-                    f"{path}:{document.line}: {document.text}, or set bad_documents: skip to pass over such documents"
+                    f"{path}:{before + document.line}: {document.text}, or set bad_documents: skip to pass over such "
+                    "documents"
                 )
             yield document
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:

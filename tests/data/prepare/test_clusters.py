@@ -142,8 +142,7 @@ def test_ray_cluster(recipe, bad_recipe, ray_cluster, tmp_path):
     assert f"{tmp_path}/books.jsonl:36: not valid JSON" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     process = start(recipe, out, *words, environment=ray_cluster)
-    wait_for((out.with_name("out.partial") / "stages").exists, "stage")
-    time.sleep(1)
+    wait_for(lambda: any(tmp_path.glob("out.partial/stages/*/completions/*")), "finished task")
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

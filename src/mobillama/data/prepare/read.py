@@ -97,7 +97,7 @@ class Read(PipelineStep):
             for batch, done in self._batches(task, self.readings[task.source]):
                 packed, table, texts = encoder.encode(batch)
                 ids.write(packed)
-                table.tofile(records)
+                records.write(table.tobytes())
                 beat(done)
                 if source.clean.near_duplicates:
                     yield from (Kept(text=text, id="") for text in texts)

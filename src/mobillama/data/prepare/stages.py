@@ -278,24 +278,19 @@ class _Ray(_Told, RayPipelineExecutor):
 
         ranks, this = iter(self.get_incomplete_ranks()), ray.put(self)
         do_task = ray.remote(num_cpus=1, memory=self.mem_per_cpu_gb << 30)(_do_ray_task)
-        running: list[Any] = []
+        running = [do_task.remote(this, rank) for rank in itertools.islice(ranks, min(self.workers, _RAY_TASKS))]
         try:
-            running += [do_task.remote(this, rank) for rank in itertools.islice(ranks, min(self.workers, _RAY_TASKS))]
             while running:
                 (ended,), running = ray.wait(running)
                 ray.get(ended)
                 running += [do_task.remote(this, rank) for rank in itertools.islice(ranks, 1)]
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise UsageError(f"--executor ray: {' '.join(str(error).split())}") from None
-        finally:
-            for task in running:
-                ray.cancel(
-                    task
-                )  # force would at times crash this process: "Tried to complete task that was not pending"
-            if running:
-                ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+        except BaseException as error:
+            ray.shutdown()  # ends the tasks; to cancel them would at times crash this process
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise error.cause from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise UsageError(f"--executor ray: {' '.join(str(error).split())}") from None
+            raise
 
 
 def _do_ray_task(executor: _Ray, rank: int) -> None:
@@ -402,7 +397,7 @@ def _slurm(folder: Path, steps: list[PipelineStep], tasks: int, execution: Execu
         job_name=f"mobillama-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}",
         qos="",
         env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
-        tasks_per_job=-(-tasks // _SLURM_JOBS),
+        tasks_per_job=-(-tasks // min(execution.workers or _SLURM_JOBS, _SLURM_JOBS)),
         with_srun=False,
         logging_dir=str(folder),
     )

@@ -260,7 +260,7 @@ def part_disk(args: argparse.Namespace) -> dict[str, Any]:
             sizes[kind] += path.stat().st_size if path.is_file() else 0
         found[name] = {"tokens": tokens, "bytes": dict(sizes)}
         rows.append(row(f"{name} data set", sizes.total() / tokens, "bytes/token", most=2.1))
-    each, block = PAPER_SEQUENCES // len(support.SOURCES), 1 << 20
+    each, block = PAPER_SEQUENCES // len(support.SOURCES), 1 << 18
     counts = [SourceCount(name, each, each // 100, each - each // 100) for name in support.SOURCES]
     layout = Layout(bytes(32), 0, counts)
     arithmetic: tuple[tuple[str, Callable[[Any], Any], int], ...] = (
@@ -297,9 +297,9 @@ def part_memory(args: argparse.Namespace) -> dict[str, Any]:
             sums.append(peak)
         remove(out)
         shutil.rmtree(noisy)
-    growth = {kind: sums[-1][kind] / sums[0][kind] for kind in sums[0]}
-    rows.append(row("growth of all processes (PSS)", growth["pss"], "×", most=1.1))
-    rows.append(row("growth of what is not mapped from files", growth["anonymous"], "×", most=1.1))
+    if len(sums) > 1:
+        for kind, what in (("pss", "all processes (PSS)"), ("anonymous", "what is not mapped from files")):
+            rows.append(row(f"growth of {what}", sums[-1][kind] / sums[0][kind], "×", most=1.1))
     return {"rows": rows, "runs": found}
 
 

@@ -6,9 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from datatrove.pipeline.dedup import MinhashDedupSignature
 
 from mobillama.data.dataset import Dataset
-from mobillama.data.prepare.duplicates import _clusters
+from mobillama.data.prepare.clean import SpacedWords
+from mobillama.data.prepare.duplicates import MINHASH, Signature, _clusters
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.recipe import CleanConfig, SourceConfig
 
@@ -94,3 +96,11 @@ def test_clusters_equal_a_plain_search(seed):
     assert dict(zip(found["document"].tolist(), found["of"].tolist(), strict=True)) == expected
     assert found["document"].tolist() == sorted(expected)
     assert found["document"][found["exact"]].tolist() == sorted(expected)[::2]
+
+
+@pytest.mark.parametrize("words", [5, 260, 261, 5000])
+def test_signatures_are_datatroves(tmp_path, words):
+    ours = Signature(str(tmp_path), MINHASH, language=SpacedWords())
+    theirs = MinhashDedupSignature(str(tmp_path), MINHASH, language=SpacedWords())
+    shingles = theirs.get_shingles(document(words, words))
+    assert ours.get_signature(shingles) == theirs.get_signature(shingles)

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from mobillama.config import load_recipe, to_yaml
-from mobillama.data.amber import export_amber, import_amber
+from mobillama.data.amber_export import export_amber
+from mobillama.data.amber_import import import_amber
 from mobillama.data.dataset import Dataset
 from mobillama.data.rederive import rederive, sample_rows
 from mobillama.data.verify import verify

@@ -15,7 +15,8 @@ import zstandard
 
 from conftest import CONTEXT, VOCAB
 from mobillama.config import load_recipe
-from mobillama.data.amber import export_amber, import_amber
+from mobillama.data.amber_export import export_amber
+from mobillama.data.amber_import import import_amber
 from mobillama.data.dataset import Dataset
 from mobillama.data.order import order
 from mobillama.data.prepare.pipeline import prepare

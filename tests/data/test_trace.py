@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from mobillama.data import trace as trace_module
-from mobillama.data.amber import export_amber, import_amber
+from mobillama.data import trace_index
+from mobillama.data.amber_export import export_amber
+from mobillama.data.amber_import import import_amber
 from mobillama.data.dataset import Dataset
 from mobillama.data.documents import Piece, Reading, read_piece, source_files
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.tokenizer import load_tokenizer
-from mobillama.data.trace import FACTS_NAME, INDEX_NAME, build_index, steps_of_rows, trace
+from mobillama.data.trace import steps_of_rows, trace
+from mobillama.data.trace_index import FACTS_NAME, INDEX_NAME, build_index
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import PrepareRecipe, SourceConfig
 from mobillama.workflows.tracing import show_trace
@@ -250,7 +253,7 @@ def test_what_is_held_out_says_so(plain):
 def test_overlaps_of_windows_count_once(weighted):
     """A text of long documents at every place around the borders of the index's windows."""
     for number, (pieces, stored) in ((n, weighted.documents["twice", n]) for n in (len(AWKWARD), len(AWKWARD) + 1)):
-        for border in (trace_module._WINDOW - trace_module._OVERLAP, trace_module._WINDOW):
+        for border in (trace_index.WINDOW - trace_index._OVERLAP, trace_index.WINDOW):
             for start, count in [(border + shift, 25) for shift in (-30, -5, 0, 5)] + [(border - 350, 700)]:
                 text = b"".join(pieces[start : start + count]).decode(errors="ignore")
                 places = [p for p in found(weighted.dataset, text) if p[:2] == ("twice", number)]
@@ -262,7 +265,8 @@ def test_beyond_the_limit_the_total_is_counted_or_estimated(plain, monkeypatch):
     expected = len(plain.occurrences("the"))
     hits = trace(plain.dataset, "the", 5)
     assert (len(hits.occurrences), hits.total, hits.exact) == (5, expected, True)
-    monkeypatch.setattr(trace_module, "_WINDOWS_AT_ONCE", 10)
+    for module in (trace_module, trace_index):
+        monkeypatch.setattr(module, "WINDOWS_AT_ONCE", 10)
     hits = trace(plain.dataset, "the", 5)
     assert (len(hits.occurrences), hits.exact) == (5, False)
     assert expected / 3 < hits.total < expected * 3

@@ -54,7 +54,7 @@ def partition(batch_size: int, micro_batch_size: int, rank: int = 0, world_size:
 
 
 class Dataset:
-    """A directory that :func:`mobillama.data.prepare.pipeline.prepare` or :func:`mobillama.data.amber.import_amber` wrote.
+    """A directory that :mod:`mobillama.data.prepare.pipeline` or :mod:`mobillama.data.amber_import` wrote.
 
     Raises:
         UsageError: there is no data set at ``path``.

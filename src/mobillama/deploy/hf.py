@@ -12,7 +12,7 @@ from transformers.utils import logging
 import mobillama.hf  # noqa: F401 registers the Auto classes
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.directory import load_model, save_model
-from mobillama.errors import UsageError, VerificationError
+from mobillama.errors import VerificationError
 from mobillama.hf.unshare import unshare
 from mobillama.record.files import new_directory
 
@@ -32,12 +32,10 @@ def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
         UsageError: ``out`` exists, or ``source`` is no model directory.
         VerificationError: the reloaded model computes something else.
     """
-    if out.exists():
-        raise UsageError(f"{out}: exists; choose another directory or remove it")
-    model = load_model(source)
-    tokenizer = load_tokenizer(source)
     logging.disable_progress_bar()  # an export is one stage of ours, not four of theirs
     with new_directory(out) as work:
+        model = load_model(source)
+        tokenizer = load_tokenizer(source)
         if unshared:
             twin = unshare(model.state_dict(), model.model.shape)
             twin.config.bos_token_id = twin.generation_config.bos_token_id = tokenizer.bos_id

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mobillama.errors import CorruptDataError
+from mobillama.errors import CorruptDataError, UsageError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -78,13 +78,21 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory; on success it becomes ``path`` at once and durably, on an error it is removed.
 
     What a killed process left of an earlier attempt is removed first.
+
+    Raises:
+        UsageError: ``path`` exists, or cannot be made where it is to stand.
     """
+    if path.exists():
+        raise UsageError(f"{path}: exists already; choose another directory or remove it")
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         if not _is_alive(leftover.name.split(".")[-2]):
             shutil.rmtree(leftover, ignore_errors=True)
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; mend permissions or choose another place") from None
     try:
         yield work
         fsync_tree(work)

@@ -164,7 +164,7 @@ def verify_corpus(path: Path, deep: int, seed: int, places: dict[str, Path], wor
 
 def export_corpus(path: Path, out: Path) -> None:
     """Write a data set as LLM360's Amber chunks."""
-    from mobillama.data.amber import export_amber
+    from mobillama.data.amber_export import export_amber
 
     with progress() as show:
         sequences = export_amber(Dataset(path), out, show)
@@ -185,7 +185,7 @@ def export_ledger(path: Path, out: Path) -> None:
 
 def import_corpus(path: Path, tokenizer: Path, out: Path) -> None:
     """Make a data set of Amber chunks, in their own order."""
-    from mobillama.data.amber import import_amber
+    from mobillama.data.amber_import import import_amber
 
     with progress() as show:
         manifest = import_amber(path, tokenizer, out, show)

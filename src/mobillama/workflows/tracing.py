@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mobillama.config import load_recipe
 from mobillama.console import note, progress
 from mobillama.data.dataset import Dataset
-from mobillama.data.trace import Hits, Occurrence, build_index, steps_of_rows, trace
+from mobillama.data.trace import Hits, Occurrence, steps_of_rows, trace
+from mobillama.data.trace_index import build_index
 from mobillama.errors import UsageError
-from mobillama.recipe import PretrainRecipe
-from mobillama.record.files import read_json
+from mobillama.workflows.inspect import open_data
 
 _LISTED = 8
 _SHOWN_CHARACTERS = 200
@@ -70,14 +69,10 @@ def show_trace(
 
 
 def _open(path: Path, seed: int | None, batch_size: int | None, epochs: int) -> tuple[Dataset, _Order]:
-    if not (path / "recipe.yaml").is_file():
-        dataset = Dataset(path)
+    dataset, recipe = open_data(path)
+    if recipe is None:
         steps = -(-epochs * dataset.size // (batch_size or 1))
         return dataset, _Order(dataset.prepared_seed if seed is None else seed, batch_size, steps)
-    recipe = load_recipe(PretrainRecipe, path / "recipe.yaml")
-    dataset = Dataset(Path(recipe.data))
-    if read_json(path / "data-manifest.json").get("digest") != dataset.digest:
-        raise UsageError(f"{dataset.path}: is not the data that {path} learns from; restore that data set")
     seed = recipe.seed if seed is None else seed
     return dataset, _Order(seed, batch_size or recipe.train.batch_size, recipe.train.steps)
 

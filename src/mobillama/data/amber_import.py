@@ -1,8 +1,8 @@
-"""Interchange with LLM360's Amber: ``train_000.jsonl``… with lines ``{"token_ids": [2049 ids], "source": "c4"}``.
+"""Import of LLM360's Amber chunks: ``train_000.jsonl``… with lines ``{"token_ids": [2049 ids], "source": "c4"}``.
 
-Exported lines stand in training order. Imported ones keep the order that they have: chunk k is file k, each line a row
-and, in the ledger, a document of its own; labels are stored, one byte a row. ``holdout_SOURCE.jsonl`` is a source's
-hold-out in the same format. What was exported and imported again has the same rows, labels, hold-out and root.
+Chunk k is file k in its own order, each line a row and, in the ledger, a document of its own; labels are stored, one byte
+a row. ``holdout_SOURCE.jsonl`` is a source's hold-out in the same format. What was exported and imported again has the
+same rows, labels, hold-out and root.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.data.dataset import FORMAT, GIVEN, PREPARATION_NAME, Dataset
+from mobillama.data.dataset import FORMAT, GIVEN, PREPARATION_NAME
 from mobillama.data.documents import JSON_SUFFIXES, open_lines
 from mobillama.data.ledger import DOCUMENT, KEPT
 from mobillama.data.store import write_array, write_sequences
@@ -56,65 +55,6 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # the names that a recipe's s
 _LINE = np.dtype([("label", "u1"), ("digest", "u1", (16,))])
 
 
-def export_amber(dataset: Dataset, out: Path, progress: Progress) -> int:
-    """Write a data set as Amber's files and return the number of sequences written, held-out ones included.
-
-    ``train_NNN.jsonl`` is a chunk, ``holdout_SOURCE.jsonl`` what is held out of a source (none where nothing is), and
-    ``tokenizer/`` the tokenizer. ``out`` appears when all is written.
-
-    Args:
-        dataset: a prepared or imported data set.
-        out: the directory to make.
-        progress: told (stage, sequences done, all sequences).
-
-    Raises:
-        UsageError: ``out`` exists or cannot be written.
-        CorruptDataError: a sequence differs from what was prepared.
-    """
-    manifest = dataset.manifest
-    digits = max(3, len(str(len(manifest["chunks"]) - 1)))
-    total = dataset.size + sum(entry["rows"] for entry in manifest["holdout"])
-    lines, at_once = _LineWriter(dataset), max(1, _IDS_AT_ONCE // dataset.sequence_length)
-    done = first = 0
-    with _made(out) as work:
-        save_tokenizer(dataset.tokenizer, work / "tokenizer")
-        for number, chunk in enumerate(manifest["chunks"]):
-            last = first + chunk["rows"]
-            with open(work / f"train_{number:0{digits}d}.jsonl", "wb") as file:
-                for start in range(first, last, at_once):
-                    rows = np.arange(start, min(start + at_once, last))
-                    file.write(lines(dataset.read(rows), dataset.layout.source_of(rows)))
-                    done += len(rows)
-                    progress("export", done, total)
-            first = last
-        for entry in manifest["holdout"]:
-            if not entry["rows"]:
-                continue
-            index = dataset.source_names.index(entry["source"])
-            with open(work / f"holdout_{entry['source']}.jsonl", "wb") as file:
-                for start in range(0, entry["rows"], at_once):
-                    ids = dataset.holdout(entry["source"], at_once, start)
-                    file.write(lines(ids, np.full(len(ids), index)))
-                    done += len(ids)
-                    progress("export", done, total)
-    return done
-
-
-class _LineWriter:
-    """Writes rows as ``json.dumps`` would, looking up the digits of each id instead of making them."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._digits = np.array([b"%d" % number for number in range(dataset.vocab_size)], dtype=object)
-        self._ends = [b'], "source": %s}\n' % json.dumps(name).encode() for name in dataset.source_names]
-
-    def __call__(self, ids: NDArray[np.int64], sources: NDArray[np.int64]) -> bytes:
-        """Return the lines of rows: ids (n, sequence length), source indices (n,)."""
-        parts = []
-        for row, source in zip(ids, sources.tolist(), strict=True):
-            parts += [b'{"token_ids": [', b", ".join(self._digits[row].tolist()), self._ends[source]]
-        return b"".join(parts)
-
-
 def import_amber(path: Path, tokenizer: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Make a data set of a folder of Amber's files, in the order they have, and return its manifest.
 
@@ -128,14 +68,13 @@ def import_amber(path: Path, tokenizer: Path, out: Path, progress: Progress) -> 
         progress: told (stage, done, total).
 
     Raises:
-        UsageError: there are no such files, or other ones among them; no tokenizer is there; ``out`` exists or cannot be
-            written.
+        UsageError: there are no such files, or other ones among them; no tokenizer is there; ``out`` exists.
         CorruptDataError: a line is none of Amber's, has another length than the first or ids that the tokenizer has not,
             or an archive is damaged; file and line are named.
     """
     loaded = load_tokenizer(tokenizer)
     chunks, holdouts = _find_files(path)
-    with _made(out) as work:
+    with new_directory(out) as work:
         manifest = _Import(work, loaded, chunks, holdouts, progress).run()
         write_json(
             work / PREPARATION_NAME,
@@ -147,20 +86,6 @@ def import_amber(path: Path, tokenizer: Path, out: Path, progress: Progress) -> 
             },
         )
     return manifest
-
-
-@contextmanager
-def _made(out: Path) -> Iterator[Path]:
-    """Yield the directory that becomes ``out``."""
-    if out.exists():
-        raise UsageError(f"{out}: exists already; choose another directory or remove it")
-    try:
-        with new_directory(out) as work:
-            yield work
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename or out}: {error.strerror}; mend permissions, free space or choose another place"
-        ) from None
 
 
 @dataclass(frozen=True)

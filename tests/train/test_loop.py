@@ -186,6 +186,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(recipe_fil
     assert_same_bits(tmp_path / "run", tmp_path / "other")
 
 
+@pytest.mark.parametrize("harm", ["truncate", "remove"])
+def test_data_that_are_not_all_there_stop_a_run_before_its_first_step(data, recipe_file, tmp_path, harm):
+    shutil.copytree(data, tmp_path / "data")
+    victim = sorted((tmp_path / "data" / "train").glob("chunk-*[0-9].npy"))[-1]
+    damage(victim, harm)
+    with pytest.raises(CorruptDataError, match=victim.name):
+        pretrain(recipe_of(recipe_file, "--data", str(tmp_path / "data")), Silent())
+    assert not (tmp_path / "run").exists()
+
+
 def damage(victim: Path, harm: str) -> None:
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1

@@ -53,6 +53,21 @@ def partition(batch_size: int, micro_batch_size: int, rank: int = 0, world_size:
     return [slice(start, min(start + micro_batch_size, last)) for start in range(first, last, micro_batch_size)]
 
 
+def dataset_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a data set.
+
+    Raises:
+        UsageError: there is no data set at ``path``.
+        CorruptDataError: its manifest is damaged.
+    """
+    if not (path / MANIFEST_NAME).is_file():
+        raise UsageError(
+            f"{path}: no prepared data there; make it with 'mobillama data prepare RECIPE.yaml --out {path}' "
+            "(relative paths start at the working directory)"
+        )
+    return read_manifest(path, FORMAT)
+
+
 class Dataset:
     """A directory that :mod:`mobillama.data.prepare.pipeline` or :mod:`mobillama.data.amber_import` wrote.
 
@@ -63,12 +78,7 @@ class Dataset:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / MANIFEST_NAME).is_file():
-            raise UsageError(
-                f"{path}: no prepared data there; make it with 'mobillama data prepare RECIPE.yaml --out {path}' "
-                "(relative paths start at the working directory)"
-            )
-        self.manifest: dict[str, Any] = read_manifest(path, FORMAT)
+        self.manifest = dataset_manifest(path)
         inputs = self.manifest["inputs"]
         self.digest: str = self.manifest["digest"]
         self.ledger = Ledger(path, self.manifest)
@@ -82,6 +92,14 @@ class Dataset:
         self._chunks = [self._sequence_file(chunk) for chunk in self.manifest["chunks"]]
         self._holdout = {entry["source"]: self._sequence_file(entry) for entry in self.manifest["holdout"]}
         self._chunk_starts = np.cumsum([0] + [chunk["rows"] for chunk in self.manifest["chunks"]])
+
+    def check_sizes(self) -> None:
+        """Check that all files are there in their full length, which takes no time; hashes are checked as they are read.
+
+        Raises:
+            CorruptDataError: one is missing or has another size.
+        """
+        verify_manifest(self.path, self.manifest, hashed=False)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

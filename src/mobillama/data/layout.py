@@ -59,11 +59,11 @@ class Layout:
         rank = self._shuffle.inverse(row)
         source = self._source_of_rank(rank)
         sequence = np.empty_like(rank)
-        for index in np.unique(source):
-            chosen = source == index
-            count = self.sources[index]
-            within = (rank[chosen] - self._starts[index]) % count.trainable
-            sequence[chosen] = self._permutation(int(index))(within + count.holdout)
+        for index, count in enumerate(self.sources):
+            chosen = np.flatnonzero(source == index)
+            if len(chosen):
+                within = (rank[chosen] - self._starts[index]) % count.trainable
+                sequence[chosen] = self._permutation(index)(within + count.holdout)
         return source, sequence
 
     def source_of(self, row: ArrayLike) -> NDArray[np.int64]:

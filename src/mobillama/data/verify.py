@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mobillama.data.dataset import FORMAT, PREPARATION_NAME
+from mobillama.data.dataset import PREPARATION_NAME, dataset_manifest
 from mobillama.data.ledger import DOCUMENT, DUPLICATE, EXACT_DUPLICATE, KEPT, NEAR_DUPLICATE
 from mobillama.data.store import leaves_path
 from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, id_type, load_tokenizer, tokenizer_digest
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError, VerificationError
-from mobillama.record.manifest import MANIFEST_NAME, find_damage, read_manifest
+from mobillama.record.manifest import MANIFEST_NAME, find_damage
 from mobillama.record.merkle import leaf_digest, merkle_root
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def verify(path: Path, workers: int, progress: Progress) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest, which must be as it was written to the byte: its digest passes over white space and 1E-5."""
-    manifest = read_manifest(path, FORMAT)
+    manifest = dataset_manifest(path)
     file = path / MANIFEST_NAME
     if file.read_bytes() != (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode():
         raise CorruptDataError(f"{file}: was changed after it was written; restore it from a copy")

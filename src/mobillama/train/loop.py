@@ -84,6 +84,7 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
         Stopped: SIGINT or SIGTERM came; the run saved itself.
     """
     dataset = Dataset(Path(recipe.data))
+    dataset.check_sizes()
     _check_fit(recipe, dataset)
     device = choose_device(recipe.train.device)
     run = Path(recipe.run)

@@ -6,12 +6,15 @@ import random
 
 import numpy as np
 import pytest
-from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 
 from mobillama.data.dataset import Dataset
+from mobillama.data.prepare import duplicates
 from mobillama.data.prepare.clean import SpacedWords
-from mobillama.data.prepare.duplicates import MINHASH, Signature, _clusters
+from mobillama.data.prepare.duplicates import MINHASH, NearPairs, Signature, _clusters, signature_step
 from mobillama.data.prepare.pipeline import prepare
+from mobillama.data.prepare.read import RECORD, records_path
 from mobillama.recipe import CleanConfig, SourceConfig
 
 WORDS = ["river", "bends", "slowly", "past", "old", "mill", "children", "fish", "quiet", "mornings", "trains", "late"]
@@ -104,3 +107,44 @@ def test_signatures_are_datatroves(tmp_path, words):
     theirs = MinhashDedupSignature(str(tmp_path), MINHASH, language=SpacedWords())
     shingles = theirs.get_shingles(document(words, words))
     assert ours.get_signature(shingles) == theirs.get_signature(shingles)
+
+
+@pytest.mark.parametrize("per_partition", [1, 7, 1000])
+def test_near_pairs_are_datatroves_whatever_the_partitions(tmp_path, monkeypatch, per_partition):
+    """Task 1 has no document, task 2 has dropped ones, which have no signature."""
+    monkeypatch.setattr(NearPairs, "per_partition", per_partition)
+    monkeypatch.setattr(duplicates, "_SAMPLED", 3)
+    originals = [document(seed, 60) for seed in range(30)]
+    texts = [originals, [], [nearly(text) for text in originals[::2]] + originals[1:9]]
+    dropped = [[], [], [0, 5, 6]]
+    for task, documents in enumerate(texts):
+        records = np.zeros(len(documents), RECORD)
+        records["verdict"][dropped[task]] = 1
+        records_path(tmp_path, task).parent.mkdir(exist_ok=True)
+        records.tofile(records_path(tmp_path, task))
+        handed_on = (Document(text, "") for i, text in enumerate(documents) if i not in dropped[task])
+        signature_step(tmp_path).run(handed_on, task, 3)
+    starts = np.cumsum([0, *map(len, texts)])
+    step = NearPairs(tmp_path, [0, 1, 2], starts, sum(map(len, texts)))
+    for rank in range(step.size):
+        list(step.run(None, rank, step.size))
+    ours = np.concatenate([np.load(step.path(rank)) for rank in range(step.size)])
+    for rank in range(MINHASH.num_buckets):
+        MinhashDedupBuckets(str(tmp_path / "signatures"), str(tmp_path / "theirs"), config=MINHASH).run(
+            None, rank, MINHASH.num_buckets
+        )
+    rows = [np.fromfile(path, "<u4").reshape(-1, 4) for path in sorted((tmp_path / "theirs").glob("*.dups"))]
+    theirs = np.concatenate(rows).astype(np.int64)
+    pairs = step.numbered(theirs[:, 0::2] << 32 | theirs[:, 1::2])
+    nothing = np.empty(0, np.int64)
+    assert len(_clusters(pairs, nothing)) > 15
+    assert np.array_equal(_clusters(ours, nothing), _clusters(pairs, nothing))
+
+
+def test_many_partitions_give_the_same_data_set(prepare_recipe, sources, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(prepare_recipe, sources=sources, chunks=2)
+    whole = prepare(recipe, tmp_path / "whole")
+    monkeypatch.setattr(duplicates.ExactPairs, "per_partition", 3)
+    monkeypatch.setattr(NearPairs, "per_partition", 3)
+    monkeypatch.setattr(duplicates, "_SAMPLED", 3)
+    assert prepare(recipe, tmp_path / "divided") == whole

@@ -6,13 +6,14 @@ tasks follow the input and clusters do not depend on the order of pairs, every m
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.utils.text import TextNormConfig
 from numpy.typing import NDArray
@@ -32,7 +33,8 @@ DROPPED = np.dtype([("document", "<i8"), ("of", "<i8"), ("exact", "?")])
 
 _MERSENNE_PRIME = np.uint64((1 << 61) - 1)
 _SHINGLES_AT_ONCE = 256  # times 112 hashes stays in the cache
-_DOCUMENTS_PER_PARTITION = 16 << 20
+_SAMPLED = 1000  # one of so many signatures tells where ranges end
+_SIGNATURE = np.dtype([("hashes", "<u8", (MINHASH.hashes_per_bucket,)), ("document", "<u4")])  # datatrove's
 
 
 class Signature(MinhashDedupSignature):
@@ -85,67 +87,131 @@ def find_duplicates(
     starts = np.cumsum([0, *documents])
     pairs = [np.empty((0, 2), np.int64)]
     exact = np.empty(0, np.int64)
-    if exact_tasks:
-        count = sum(documents[rank] for rank in exact_tasks)
-        partitions = -(-count // _DOCUMENTS_PER_PARTITION)
-        step = ExactPairs(work, exact_tasks, starts, partitions)
-        run_stage(work, "find equal documents", [step], [1.0] * partitions, execution, progress)
-        found = np.concatenate([np.load(step.path(rank)) for rank in range(partitions)])
-        pairs.append(found)
-        exact = np.unique(found[:, 1])
-    if near_tasks:
-        folder, out = str((work / "signatures").absolute()), work / "near"
-        buckets = MinhashDedupBuckets(folder, str(out.absolute()), config=MINHASH, lines_to_buffer=4096)
-        run_stage(work, "find near duplicates", [buckets], [1.0] * MINHASH.num_buckets, execution, progress)
-        pairs += [_numbered(path, work, starts) for path in sorted(out.glob("*.dups"))]
+    for chosen, kind in ((exact_tasks, ExactPairs), (near_tasks, NearPairs)):
+        if not chosen:
+            continue
+        step = kind(work, chosen, starts, sum(documents[rank] for rank in chosen))
+        run_stage(work, step.name, [step], [1.0] * step.size, execution, progress)
+        pairs += [np.load(step.path(rank)) for rank in range(step.size)]
+        if kind is ExactPairs:
+            exact = np.unique(np.concatenate(pairs)[:, 1])
     return _clusters(np.concatenate(pairs), exact)
 
 
-class ExactPairs(PipelineStep):
-    """Finds documents with equal cleaned texts among those whose hash falls into a task's partition."""
+class _Pairs(PipelineStep):
+    """Finds equal keys in one partition of them, and leaves pairs: the first document that has a key, and another one.
 
-    name = "find equal documents"
+    Every partition is read from all tasks one after another, so that neither memory nor open files grow with the input.
+    """
+
     type = "MobiLlama"
+    per_partition: int  # documents
 
-    def __init__(self, work: Path, tasks: list[int], starts: NDArray[np.int64], partitions: int) -> None:
+    def __init__(self, work: Path, tasks: list[int], starts: NDArray[np.int64], count: int) -> None:
         super().__init__()
-        self.work, self.tasks, self.starts, self.partitions = str(work), tasks, starts, partitions
+        self.work, self.tasks, self.starts = work, tasks, starts
+        self.partitions = self.size = -(-count // self.per_partition)  # size: number of the stage's tasks
 
     def path(self, rank: int) -> Path:
-        """Return where a partition's pairs stand: (n, 2) numbers, the first document of a text and another one."""
-        return Path(self.work) / "equal" / f"{rank:05d}.npy"
+        """Return where a task's pairs stand: (n, 2) numbers of documents."""
+        return self.work / self.name / f"{rank:05d}.npy"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Do partition ``rank``."""
-        digests, numbers = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)]
-        for task in self.tasks:
-            records = load_records(Path(self.work), task)
-            halves = np.ascontiguousarray(records["cleaned"]).view("<u8").reshape(-1, 2)
-            chosen = np.flatnonzero((records["verdict"] == 0) & (halves[:, 0] % np.uint64(self.partitions) == rank))
-            digests.append(halves[chosen])
-            numbers.append(self.starts[task] + chosen)
-        digest, number = np.concatenate(digests), np.concatenate(numbers)
-        order = np.lexsort((number, digest[:, 1], digest[:, 0]))
-        digest, number = digest[order], number[order]
-        first = np.ones(len(number), bool)
-        first[1:] = (digest[1:] != digest[:-1]).any(axis=1)
-        keeper = number[np.maximum.accumulate(np.where(first, np.arange(len(number)), 0))] if len(number) else number
+        """Do task ``rank``."""
+        found = [self.keys(rank, task) for task in self.tasks]
+        pairs = self.numbered(_equal(*map(np.concatenate, zip(*found, strict=True))))
         self.path(rank).parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(self.path(rank)) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.stack([keeper, number], axis=1)[~first])
+            np.save(file, pairs)
         yield from ()
 
+    def keys(self, rank: int, task: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return what a reading task has for task ``rank``: keys (n, columns), and names of documents (n,)."""
+        raise NotImplementedError
 
-def _numbered(path: Path, work: Path, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return datatrove's pairs (task, place among its kept documents, and again) as pairs of numbers."""
-    rows = np.fromfile(path, "<u4").reshape(-1, 4)
-    out = np.empty((len(rows), 2), np.int64)
-    for column in (0, 1):
-        for task in np.unique(rows[:, 2 * column]):
-            chosen = rows[:, 2 * column] == task
-            kept = np.flatnonzero(load_records(work, int(task))["verdict"] == 0)
-            out[chosen, column] = starts[task] + kept[rows[chosen, 2 * column + 1]]
-    return out
+    def numbered(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return pairs of names as pairs of documents' numbers."""
+        return pairs
+
+
+class ExactPairs(_Pairs):
+    """Documents with equal cleaned texts, by their hashes."""
+
+    name = "find equal documents"
+    per_partition = 16 << 20
+
+    def keys(self, rank: int, task: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the hashes of kept documents that fall into the partition."""
+        records = load_records(self.work, task)
+        halves = np.ascontiguousarray(records["cleaned"]).view("<u8").reshape(-1, 2)
+        chosen = np.flatnonzero((records["verdict"] == 0) & (halves[:, 0] % np.uint64(self.partitions) == rank))
+        return halves[chosen], self.starts[task] + chosen
+
+
+class NearPairs(_Pairs):
+    """Documents whose MinHash signatures are equal in a bucket: what datatrove's MinhashDedupBuckets finds.
+
+    datatrove merges the files of all tasks at once, a signature at a time. Here a bucket falls into ranges of its first
+    hash, and a range of each file, which is sorted, is read in one piece.
+    """
+
+    name = "find near duplicates"
+    per_partition = 4 << 20
+
+    def __init__(self, work: Path, tasks: list[int], starts: NDArray[np.int64], count: int) -> None:
+        super().__init__(work, tasks, starts, count)
+        self.size *= MINHASH.num_buckets
+        self._bounds = [self._ranges(bucket) for bucket in range(MINHASH.num_buckets)]
+
+    def keys(self, rank: int, task: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the signatures whose first hash lies in the range of task ``rank``, named by task and place in it."""
+        bucket, part = divmod(rank, self.partitions)
+        signatures = self._signatures(bucket, task)
+        start, end = (
+            bisect.bisect_left(signatures, bound, key=lambda row: int(row["hashes"][0]))
+            for bound in self._bounds[bucket][part : part + 2]
+        )
+        chosen = np.array(signatures[start:end])
+        return chosen["hashes"], task << 32 | chosen["document"].astype(np.int64)
+
+    def numbered(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return documents' numbers: signatures count only those that no rule has dropped."""
+        out, of_task = np.empty_like(pairs), pairs >> 32
+        for task in np.unique(of_task):
+            kept = np.flatnonzero(load_records(self.work, int(task))["verdict"] == 0)
+            out[of_task == task] = self.starts[task] + kept[pairs[of_task == task] & 0xFFFFFFFF]
+        return out
+
+    def _ranges(self, bucket: int) -> list[int]:
+        """Return the borders of ranges that hold about as many of a bucket's signatures, by a sample of them."""
+        inner: list[int] = []
+        if self.partitions > 1:
+            seen = [np.zeros(1, np.uint64)]
+            for task in self.tasks:
+                hashes = self._signatures(bucket, task)["hashes"][:, 0]
+                seen.append(np.array(hashes[min(len(hashes), _SAMPLED) // 2 :: _SAMPLED]))
+            shares = np.arange(1, self.partitions) / self.partitions
+            inner = np.quantile(np.concatenate(seen), shares, method="nearest").astype(int).tolist()
+        return [0, *inner, int(_MERSENNE_PRIME)]
+
+    def _signatures(self, bucket: int, task: int) -> NDArray[np.void]:
+        path = self.work / "signatures" / f"bucket_{bucket:03d}" / f"{task:05d}.minhash.sig"
+        return np.memmap(path, _SIGNATURE, "r") if path.stat().st_size else np.empty(0, _SIGNATURE)
+
+
+def _equal(keys: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (first, other) numbers of all rows of ``keys`` (n, columns) that are equal to a row of a lower number."""
+    order = np.argsort(keys[:, 0])
+    again, likely = keys[order[1:], 0] == keys[order[:-1], 0], np.zeros(len(keys), bool)
+    likely[1:] |= again
+    likely[:-1] |= again
+    order = order[likely]  # few, to be compared in full
+    order = order[np.lexsort((numbers[order], *keys[order].T))]
+    keys, numbers = keys[order], numbers[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))]
+    return np.stack([keeper, numbers], axis=1)[~first]
 
 
 def _clusters(pairs: NDArray[np.int64], exact: NDArray[np.int64]) -> NDArray[np.void]:

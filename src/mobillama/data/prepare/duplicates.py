@@ -34,7 +34,7 @@ DROPPED = np.dtype([("document", "<i8"), ("of", "<i8"), ("exact", "?")])
 _MERSENNE_PRIME = np.uint64((1 << 61) - 1)
 _SHINGLES_AT_ONCE = 256  # times 112 hashes stays in the cache
 _SAMPLED = 1000  # one of so many signatures tells where ranges end
-_SIGNATURE = np.dtype([("hashes", "<u8", (MINHASH.hashes_per_bucket,)), ("document", "<u4")])  # datatrove's
+SIGNATURE = np.dtype([("hashes", "<u8", (MINHASH.hashes_per_bucket,)), ("document", "<u4")])  # datatrove's
 
 
 class Signature(MinhashDedupSignature):
@@ -196,7 +196,7 @@ class NearPairs(_Pairs):
 
     def _signatures(self, bucket: int, task: int) -> NDArray[np.void]:
         path = self.work / "signatures" / f"bucket_{bucket:03d}" / f"{task:05d}.minhash.sig"
-        return np.memmap(path, _SIGNATURE, "r") if path.stat().st_size else np.empty(0, _SIGNATURE)
+        return np.memmap(path, SIGNATURE, "r") if path.stat().st_size else np.empty(0, SIGNATURE)
 
 
 def _equal(keys: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,226 @@
+"""Write the tables of README and docs from the recorded results; a test holds that they say what the JSON says.
+
+    python tools/update_docs.py                    # from benchmarks/results/*.json
+    python tools/update_docs.py runs/quickstart    # first takes a finished quickstart's numbers and picture into the project
+
+A table stands between the markers <!-- NAME --> and <!-- /NAME --> of its file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mobillama.data.ledger import DOCUMENT
+from mobillama.data.prepare.duplicates import MINHASH, SIGNATURE
+from mobillama.data.prepare.read import RECORD
+from mobillama.workflows.corpus import PAPER_TABLE_2
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NODES, CORES = 16, 64  # of the plan for all of Amber
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a recorded result."""
+    return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def quickstart() -> str:
+    """Return README's table and the line on how it was measured."""
+    result = load("quickstart")
+    ours = (
+        f"**this model** ({result['stored_parameters'] / 1e6:.1f} M parameters stored, "
+        f"{result['applied_parameters'] / 1e6:.1f} M applied)"
+    )
+    rows = sorted([(ours, result["held_out"]["bits_per_byte"]), *result["baselines"].items()], key=lambda row: row[1])
+    best = rows[0][1]
+    lines = [f"| on the same {result['held_out']['bytes']:,} held-out bytes | bits per byte |", "|---|---:|"]
+    lines += [
+        f"| {name} | {'**' if value == best else ''}{value:.3f}{'**' if value == best else ''} |"
+        for name, value in rows
+    ]
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    lines += [
+        "",
+        f"`{result['command']}`: {minutes} min {seconds} s from raw text to this table, peak memory "
+        f"{result['peak_memory_mib']:,} MiB, {result['trained_tokens']:,} tokens trained; "
+        f"{_measured(result['environment'], 'torch')}.",
+    ]
+    return "\n".join(lines)
+
+
+def data_speed() -> str:
+    """Return the table of benchmarks/data.py, all parts."""
+    lines = ["| | measured | target | |", "|---|---:|---:|---|"]
+    measured: dict[str, list[str]] = {}
+    for part, result in load("data").items():
+        for row in result["rows"]:
+            verdict = {True: "met", False: "**missed**", None: ""}[row.get("met")]
+            value = f"{row['value']:g} {row['unit']}".strip()
+            lines.append(f"| {part}: {row['what']} | {value} | {row.get('target', '')} | {verdict} |")
+        measured.setdefault(f"{result['processes']} processes; {_measured(result['environment'])}", []).append(part)
+    stamps = "; ".join(f"{', '.join(parts)}: {stamp}" for stamp, parts in measured.items())
+    return "\n".join([*lines, "", f"`python benchmarks/data.py --corpus DIR --tokenizer llama.model`; {stamps}."])
+
+
+def corpus_table() -> str:
+    """Return the seven sources as they were prepared with cleaning."""
+    facts = load("corpus")["statistics"]
+    rules = sorted({rule for source in facts["sources"] for rule in source["dropped"]})
+    lines = [
+        "| source | documents | kept | equal | near | by rules | tokens | share | bytes/token |",
+        "|---|" + "---:|" * 8,
+    ]
+    for source in facts["sources"]:
+        dropped = sum(source["dropped"].values())
+        lines.append(
+            f"| {source['name']} | {source['documents']:,} | {source['kept_documents']:,} | {source['exact_duplicates']:,} "
+            f"| {source['near_duplicates']:,} | {dropped:,} | {source['tokens']:,} | {source['share']:.1%} "
+            f"| {source['bytes_per_token']:.2f} |"
+        )
+    lines += [
+        "",
+        f"{facts['tokens']:,} tokens, {facts['stored_bytes_per_token']:.3f} bytes on disk for each; rules that dropped "
+        f"documents: {', '.join(rules)}. `python benchmarks/corpus.py --corpus DIR --tokenizer llama.model --work DIR`; "
+        f"{_measured(facts['environment'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def corpus_proofs() -> str:
+    """Return what benchmarks/corpus.py showed at full size, part by part."""
+    lines = ["| part | what was found | measured |", "|---|---|---|"]
+    for part, facts in load("corpus").items():
+        if part == "statistics":
+            continue
+        found = [
+            f"{name.replace('_', ' ')}: {_said(value)}"
+            for name, value in facts.items()
+            if not isinstance(value, dict | list)
+        ]
+        lines.append(f"| {part} | {'; '.join(found)} | {_measured(facts['environment'])} |")
+    return "\n".join(lines)
+
+
+def data_plan() -> str:
+    """Return what all of Table 2 would take, from the rates of one core."""
+    data, corpus = load("data"), load("corpus")
+    sources = {source["name"]: source for source in corpus["statistics"]["sources"]}
+    billions = {name: PAPER_TABLE_2[name] for name in sources}
+    tokens = 1e9 * sum(billions.values())
+    raw = sum(1e9 * billions[name] * source["bytes_per_token"] for name, source in sources.items())
+    documents = sum(1e9 * billions[name] * source["documents"] / source["tokens"] for name, source in sources.items())
+
+    plain, cleaned = data["encoders"], data["cleaning"]
+    few = corpus["statistics"]
+    few_documents = sum(source["documents"] for source in few["sources"])
+
+    def per_byte(result: dict[str, Any], stage: str) -> float:
+        return float(result["stages"][stage] * result["processes"] / (1e6 * result["megabytes"]))
+
+    duplicates = few["stage_seconds"]["find duplicates"] * cleaned["processes"] / few_documents
+    hashed = corpus["positions"]
+    work = [  # core-seconds: without and with cleaning
+        (
+            "hash raw files (one machine)",
+            *[raw * hashed["seconds"]["hash"] * cleaned["processes"] / hashed["verified_bytes"]] * 2,
+        ),
+        ("read and tokenise", raw * per_byte(plain, "read and tokenise"), raw * per_byte(cleaned, "read and tokenise")),
+        ("find duplicates", 0.0, documents * duplicates),
+        ("sort sequences", *[raw * per_byte(plain, "sort sequences")] * 2),
+        ("write chunks", *[raw * per_byte(plain, "write chunks")] * 2),
+    ]
+    lines = [
+        f"| {tokens / 1e9:,.0f} B tokens, {raw / 1e12:.1f} TB of raw text, {documents / 1e9:.1f} billion documents "
+        f"| core-hours | with cleaning | hours on {NODES} nodes of {CORES} cores | with cleaning |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    total = [0.0, 0.0]
+    for what, *seconds in work:
+        cores = CORES if "one machine" in what else NODES * CORES
+        hours = [spent / 3600 / cores for spent in seconds]
+        total = [one + other for one, other in zip(total, hours, strict=True)]
+        core_hours = " | ".join(f"{spent / 3600:,.0f}" for spent in seconds)
+        lines.append(f"| {what} | {core_hours} | {hours[0]:.1f} | {hours[1]:.1f} |")
+    lines.append(f"| all | | | **{total[0]:.1f}** | **{total[1]:.1f}** |")
+    signatures = MINHASH.num_buckets * SIGNATURE.itemsize
+    scratch = [
+        ("ids", 2 * tokens),
+        ("runs of sorted sequences", 2 * tokens),
+        ("chunks with their leaves", (2 + 32 / few["sequence_length"]) * tokens),
+        ("records of documents", RECORD.itemsize * documents),
+        ("ledger", DOCUMENT.itemsize * documents),
+        ("MinHash signatures (near duplicates only)", signatures * documents),
+    ]
+    lines += ["", "| on disk, where all nodes see it | TB |", "|---|---:|"]
+    lines += [f"| {what} | {size / 1e12:.2f} |" for what, size in scratch]
+    lines += [
+        f"| all at once | **{sum(size for _, size in scratch) / 1e12:.1f}** |",
+        "",
+        f"Computed from rates of one core and sizes of documents in benchmarks/results ({_measured(plain['environment'])}), "
+        "two processes at a time, files in the page cache: where memory or a shared file system gives less to each core, that "
+        "sets the time instead.",
+    ]
+    return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)[:12]
+
+
+def _measured(environment: dict[str, Any], *packages: str) -> str:
+    """Return machine, versions of some packages, date and commit, with the + of a checkout that differed from it."""
+    commit = environment["commit"]
+    short = "unknown" if commit is None else commit[:12] + ("+" if commit.endswith("+") else "")
+    versions = "".join(f", {name} {environment['packages'][name]}" for name in packages)
+    return f"{environment['machine']}{versions}, {environment['date'][:10]}, commit {short}"
+
+
+BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "quickstart": (ROOT / "README.md", quickstart),
+    "data-speed": (ROOT / "docs" / "data.md", data_speed),
+    "corpus-table": (ROOT / "docs" / "data.md", corpus_table),
+    "corpus-proofs": (ROOT / "docs" / "data.md", corpus_proofs),
+    "data-plan": (ROOT / "docs" / "data.md", data_plan),
+}
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """Return a file's text with the block of that name replaced.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
+    pattern = f"(<!-- {name} -->).*?(<!-- /{name} -->)"
+    found, count = re.subn(pattern, lambda match: f"{match[1]}\n{block}\n{match[2]}", text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"{count} blocks <!-- {name} --> instead of one")
+    return found
+
+
+def take_quickstart(run: Path) -> None:
+    """Copy a run's numbers and picture into the project."""
+    if json.loads((run / "quickstart.json").read_text(encoding="utf-8"))["resumed"]:
+        sys.exit(f"{run}: was resumed, so its time is not the whole journey's; run quickstart afresh")
+    shutil.copyfile(run / "quickstart.json", RESULTS / "quickstart.json")
+    shutil.copyfile(run / "loss.png", ROOT / "docs" / "pictures" / "quickstart-loss.png")
+
+
+def main() -> None:
+    """Rewrite all blocks."""
+    if len(sys.argv) > 1:
+        take_quickstart(Path(sys.argv[1]))
+    for name, (path, block) in BLOCKS.items():
+        path.write_text(replaced(path.read_text(encoding="utf-8"), name, block()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

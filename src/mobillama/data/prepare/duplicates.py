@@ -7,6 +7,7 @@ tasks follow the input and clusters do not depend on the order of pairs, every m
 from __future__ import annotations
 
 import bisect
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,9 @@ class _Pairs(PipelineStep):
             np.save(file, pairs)
         yield from ()
 
+    @abstractmethod
     def keys(self, rank: int, task: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Return what a reading task has for task ``rank``: keys (n, columns), and names of documents (n,)."""
-        raise NotImplementedError
 
     def numbered(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return pairs of names as pairs of documents' numbers."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Small models on one thread each: tests may run side by side, and threads that wait for each other are slow.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Triton's kernels are tested without a GPU too: its interpreter computes them with numpy.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 

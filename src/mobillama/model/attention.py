@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobillama.model.linear import Linear, to_compute_type
+from mobillama.model.linear import Linear, multiply_side_by_side
+from mobillama.model.rotary import rotated_heads
 from mobillama.recipe import ModelConfig
 
 
@@ -76,22 +77,6 @@ class KVCache:
         self._lengths = [min(length, held) for held in self._lengths]
 
 
-def rotary_tables(position_ids_bt: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (b, 1, t, d/2), of the rotary embedding (RoFormer, section 3.2.2) at given positions.
-
-    Angles are computed in float32 whatever ``dtype`` is returned; a bf16 angle would confuse distant positions.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_bt.device) / head_dim
-    angles_bth = position_ids_bt[:, :, None].float() * (1.0 / theta**exponents)
-    return angles_bth.cos()[:, None].to(dtype), angles_bth.sin()[:, None].to(dtype)
-
-
-def rotate(x_bhtd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + d/2) of a head by its position's angle: Llama's half-rotation layout."""
-    first, second = x_bhtd.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def attention_mask(
     queries: int,
     keys: int,
@@ -147,13 +132,11 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         """Return the attention output (b, t, c); ``layer`` is the layer's place in the cache."""
-        x_btc = to_compute_type(x_btc)
-        q_bhtd, k_bhtd, v_bhtd = (
-            projection(x_btc).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        qkv_btj = multiply_side_by_side(x_btc, self.q_proj, self.k_proj, self.v_proj)
+        heads = self.q_proj.out_features // self.head_dim
+        q_bhtd, k_bhsd, v_bhsd = (
+            part_bthd.transpose(1, 2) for part_bthd in rotated_heads(qkv_btj, *rotary, heads, self.head_dim)
         )
-        cos, sin = (table.to(q_bhtd.dtype) for table in rotary)
-        q_bhtd, k_bhsd, v_bhsd = rotate(q_bhtd, cos, sin), rotate(k_bhtd, cos, sin), v_bhtd
         if cache is not None:
             k_bhsd, v_bhsd = cache.update(k_bhsd, v_bhsd, layer)
         y_bhtd = F.scaled_dot_product_attention(

@@ -1,10 +1,15 @@
-"""A matrix whose gradient adds up in the weight's own precision however often it is used."""
+"""Products with a weight whose gradient adds up in the weight's own precision however often it is used."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from mobillama.model.swiglu import swiglu, swiglu_backward
 
 
 def to_compute_type(x: Tensor) -> Tensor:
@@ -12,6 +17,45 @@ def to_compute_type(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+@dataclass(frozen=True)
+class Products:
+    """The three matrix products of a weight (o, i) in one precision, on inputs (n, i) and output gradients (n, o)."""
+
+    output: Callable[[Tensor, Tensor], Tensor]
+    """(x_ni, weight_oi) → (n, o)."""
+    input_gradient: Callable[[Tensor, Tensor], Tensor]
+    """(grad_no, weight_oi) → (n, i)."""
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
+    """(grad_no, x_ni) → (o, i)."""
+
+
+COMPUTE_TYPE = Products(
+    output=lambda x_ni, weight_oi: x_ni @ weight_oi.T,
+    input_gradient=lambda grad_no, weight_oi: grad_no @ weight_oi,
+    weight_gradient=lambda grad_no, x_ni: grad_no.T @ x_ni,
+)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, or swiglu(x) @ weight.T, whose backward pass recomputes swiglu(x) while it has x at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, gated: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.products, ctx.gated = products, gated
+        x_ni = x.flatten(0, -2)
+        return products.output(swiglu(x_ni) if gated else x_ni, weight).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (x, weight), products = ctx.saved_tensors, ctx.products
+        grad_no, x_ni = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_ni = products.input_gradient(grad_no, weight)
+        if ctx.gated:
+            grad_ni, x_ni = swiglu_backward(x_ni, grad_ni)
+        return grad_ni.view_as(x), products.weight_gradient(grad_no, x_ni), None, None
 
 
 class Linear(nn.Linear):
@@ -25,8 +69,28 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, into_residual: bool = False) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.into_residual = into_residual
+        self.products = COMPUTE_TYPE
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in_features) to (…, out_features) in x's type, or in autocast's where it is on."""
-        x = to_compute_type(x)
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, gated: bool = False) -> Tensor:
+        """Map (…, in_features) to (…, out_features) in x's type, or in autocast's where it is on.
+
+        With ``gated``, x (…, 2·in_features) passes :func:`mobillama.model.swiglu.swiglu` first.
+        """
+        return _multiply(x, self.weight, self.products, gated)
+
+
+def multiply_side_by_side(x: Tensor, *linears: Linear) -> Tensor:
+    """Return the outputs of several matrices on one input, joined (…, sum of out_features).
+
+    In training this is one product, whose gradient for ``x`` is one product too. Joining the weights copies them,
+    little beside a training batch but much beside one token, so without gradients the outputs are joined instead.
+    """
+    if not torch.is_grad_enabled():
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    return _multiply(x, torch.cat([linear.weight for linear in linears]), linears[0].products, False)
+
+
+def _multiply(x: Tensor, weight: Tensor, products: Products, gated: bool) -> Tensor:
+    x = to_compute_type(x)
+    function: Any = _Product
+    return function.apply(x, weight.to(x.dtype), products, gated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def linear_cross_entropy(hidden_btc: Tensor, weight_vc: Tensor, targets_bt: Tens
     return total, losses_bt
 
 
+def _chunk_losses(logits_nv: Tensor, targets_n1: Tensor, counted_n1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's loss in float32, its gradient for the logits as if none were the target, and for the target's."""
+    logits = logits_nv.float()
+    p_nv = logits.softmax(1)
+    log_total_n1 = logits.amax(1, keepdim=True) - p_nv.amax(1, keepdim=True).log()
+    losses_n1 = torch.where(counted_n1, log_total_n1 - logits.gather(1, targets_n1), 0.0)
+    return losses_n1[:, 0], p_nv.to(logits_nv.dtype).mul_(counted_n1), torch.expm1(-losses_n1).to(logits_nv.dtype)
+
+
+# On a GPU these passes over the logits take longer than their products, unless all of them are one kernel.
+_fused_chunk_losses = functools.cache(lambda: torch.compile(_chunk_losses, dynamic=False))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_btc: Tensor, weight_vc: Tensor, targets_bt: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,17 +62,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_n = torch.empty(len(targets_n), dtype=torch.float32, device=hidden_nc.device)
         grad_hidden_nc = torch.empty_like(hidden_nc)
         grad_weight_vc = torch.zeros_like(weight_vc, dtype=torch.float32)
-        rows = max(1, (_GPU_CHUNK if hidden_nc.is_cuda else _CPU_CHUNK) // len(weight))
+        parts = -(-len(targets_n) * len(weight) // (_GPU_CHUNK if hidden_nc.is_cuda else _CPU_CHUNK))
+        rows = -(-len(targets_n) // parts)
+        chunk_losses = _fused_chunk_losses() if hidden_nc.is_cuda else _chunk_losses
+        counted_n, targets_n = targets_n != IGNORE, targets_n.clamp(min=0)
         for start in range(0, len(targets_n), rows):
             part = slice(start, start + rows)
-            logits = (hidden_nc[part] @ weight.T).float()
-            counted = targets_n[part] != IGNORE
-            target = targets_n[part].clamp(min=0)[:, None]
-            largest, chosen = logits.amax(1, keepdim=True), logits.gather(1, target)
-            grad = logits.softmax(1)
-            losses_n[part] = torch.where(counted, (largest - grad.amax(1, keepdim=True).log() - chosen)[:, 0], 0.0)
-            grad.scatter_add_(1, target, torch.full_like(chosen, -1.0))
-            grad = grad.to(hidden_nc.dtype).mul_(counted[:, None])
+            targets, counted = targets_n[part, None], counted_n[part, None]
+            losses_n[part], grad, grad_of_target = chunk_losses(hidden_nc[part] @ weight.T, targets, counted)
+            grad.scatter_(1, targets, grad_of_target)
             grad_hidden_nc[part] = grad @ weight
             grad_weight_vc += grad.T @ hidden_nc[part]
         ctx.save_for_backward(grad_hidden_nc.view_as(hidden_btc), grad_weight_vc.to(weight_vc.dtype))

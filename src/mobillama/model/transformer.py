@@ -8,15 +8,30 @@ the feed-forward networks, which stand once each under ``model.ffns``.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobillama.model.attention import Attention, AttentionCache, attention_mask, rotary_tables
-from mobillama.model.linear import Linear, to_compute_type
+from mobillama.model.attention import Attention, AttentionCache, attention_mask
+from mobillama.model.linear import Linear, multiply_side_by_side, to_compute_type
+from mobillama.model.rotary import rotary_tables
 from mobillama.recipe import ModelConfig
+
+if find_spec("triton"):
+    import mobillama.model.kernels  # noqa: F401  (registers the operators that a GPU's tensors take)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight multiplies in its own precision, whatever the type of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, c) to (…, c) in x's type."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return (F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -30,8 +45,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_btc: Tensor) -> Tensor:
         """Map (b, t, c) to (b, t, c)."""
-        x_btc = to_compute_type(x_btc)
-        return self.down_proj(F.silu(self.gate_proj(x_btc)) * self.up_proj(x_btc))
+        return self.down_proj(multiply_side_by_side(x_btc, self.gate_proj, self.up_proj), gated=True)
 
 
 class Layer(nn.Module):
@@ -39,9 +53,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -70,7 +84,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(stored_layers))
         self.ffns = nn.ModuleList(FeedForward(config) for _ in range(stored_ffns))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -95,7 +109,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: ``document_ids`` together with a filled cache.
         """
-        x_btc = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_btc = to_compute_type(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         batch, new = x_btc.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         if document_ids is not None and past:
@@ -105,7 +119,7 @@ class Decoder(nn.Module):
             padding_bs = None
         if position_ids is None:
             position_ids = default_positions(batch, past, new, padding_bs, document_ids, x_btc.device)
-        rotary = rotary_tables(position_ids, self.shape.attention_head_dim, self.shape.rope_theta, torch.float32)
+        rotary = rotary_tables(position_ids, self.shape.attention_head_dim, self.shape.rope_theta)
         mask, is_causal = attention_mask(new, past + new, padding_bs, document_ids, x_btc.device)
         for index, (layer, ffn) in enumerate(self.layer_weights):
             x_btc = self.layers[layer](x_btc, self.ffns[ffn], rotary, mask, is_causal, cache, index)

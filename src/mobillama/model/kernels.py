@@ -1,0 +1,113 @@
+"""Triton kernels of training on a GPU, registered as operators ``mobillama::…`` (CPU builds of torch lack Triton).
+
+They are opaque to torch.compile: what it knows of a Triton kernel that writes into views makes it copy them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mobillama.model.rotary import split_heads
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _swiglu_backward_kernel(gate_up, grad, gradient, output, size, inner: tl.constexpr, block: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = index < size
+    left = index // inner * inner + index  # of the gate in rows of 2·inner
+    gate = tl.load(gate_up + left, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + left + inner, mask=inside).to(tl.float32)
+    g = tl.load(grad + index, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(gradient + left, g * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+    tl.store(gradient + left + inner, g * silu, mask=inside)
+    tl.store(output + index, silu * up, mask=inside)
+
+
+@torch.library.custom_op("mobillama::swiglu_backward", mutates_args=())
+def _swiglu_backward_cuda(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gate_up, grad = gate_up.contiguous(), grad.contiguous()
+    gradient, output = torch.empty_like(gate_up), torch.empty_like(grad)
+    grid, size = (triton.cdiv(grad.numel(), 1024),), grad.numel()
+    _swiglu_backward_kernel[grid](gate_up, grad, gradient, output, size, grad.shape[1], 1024)
+    return gradient, output
+
+
+@_swiglu_backward_cuda.register_fake
+def _(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate_up), torch.empty_like(grad)
+
+
+@triton.jit
+def _rotate_kernel(
+    q, k, v, q_out, k_out, v_out, cos, sin, table_rows, sign,
+    q_stride, k_stride, v_stride, q_out_stride, k_out_stride, v_out_stride,
+    heads: tl.constexpr, key_heads: tl.constexpr, half: tl.constexpr, tile: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * tile
+    if first < heads:
+        source, target, head = q + row * q_stride, q_out + row * q_out_stride, first
+    elif first < heads + key_heads:
+        source, target, head = k + row * k_stride, k_out + row * k_out_stride, first - heads
+    else:
+        source, target, head = v + row * v_stride, v_out + row * v_out_stride, first - heads - key_heads
+    column = tl.arange(0, width)[None, :]
+    inside = column < half
+    index = (head + tl.arange(0, tile)[:, None]) * (2 * half) + column
+    left, right = tl.load(source + index, mask=inside), tl.load(source + index + half, mask=inside)
+    if first < heads + key_heads:
+        table = (row % table_rows) * half + column
+        c, s = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside) * sign
+        tl.store(target + index, left * c - right * s, mask=inside)
+        tl.store(target + index + half, right * c + left * s, mask=inside)
+    else:
+        tl.store(target + index, left, mask=inside)
+        tl.store(target + index + half, right, mask=inside)
+
+
+def _launch(sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, sign: float) -> None:
+    """Rotate the first two of three (b, t, h, d) tensors, whose heads lie together, into ``targets``; copy the third."""
+    batch, tokens, heads, head_dim = sources[0].shape
+    key_heads = sources[1].shape[2]
+    tile = min(32, math.gcd(heads, key_heads) & -math.gcd(heads, key_heads))
+    _rotate_kernel[(batch * tokens, (heads + 2 * key_heads) // tile)](
+        *sources, *targets, cos_btd, sin_btd, cos_btd.shape[0] * cos_btd.shape[1], sign,
+        *(part.flatten(0, 1).stride(0) for part in (*sources, *targets)),
+        heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2),
+    )  # fmt: skip
+
+
+# Opaque to the compiler: what it knows of a Triton kernel that writes into views makes it copy them.
+@torch.library.custom_op("mobillama::rotate", mutates_args=())
+def _rotate_cuda(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = rotated = _empty_heads(qkv, cos, sin, heads, head_dim)
+    _launch(split_heads(qkv.contiguous(), heads, head_dim), rotated, cos, sin, 1.0)
+    return q, k, v
+
+
+@_rotate_cuda.register_fake
+def _empty_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> Parts:
+    q, k, v = (qkv.new_empty(part.shape) for part in split_heads(qkv, heads, head_dim))
+    return q, k, v
+
+
+@torch.library.custom_op("mobillama::rotate_back", mutates_args=())
+def _rotate_back_cuda(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    joined = _empty_joined(q, k, v, cos, sin)
+    sources = (q.contiguous(), k.contiguous(), v.contiguous())
+    _launch(sources, split_heads(joined, q.shape[2], q.shape[3]), cos, sin, -1.0)
+    return joined
+
+
+@_rotate_back_cuda.register_fake
+def _empty_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:2], (q.shape[2] + 2 * k.shape[2]) * q.shape[3])

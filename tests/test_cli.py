@@ -55,6 +55,21 @@ def test_help_of_every_verb_teaches(capsys):
     assert "The sources by name" in run_cli("data", "prepare", "--help").stdout
 
 
+def test_nothing_is_made_without_a_name_or_over_a_file(data, tokenizer_path, tmp_path):
+    for words in (["prepare", "r.yaml", "--out", "."], ["export", data, "/"], ["stats", data, "--picture", ""]):
+        done = run_cli("data", *words)
+        assert done.returncode == 2 and "is no name for a new file or directory" in done.stderr
+    victim = tmp_path / "victim.jsonl"
+    victim.write_text('{"text": "precious"}\n')
+    assert_one_line_error(run_cli("data", "export", data, victim, "--ledger"), 2, "victim.jsonl: exists already")
+    done = run_cli("tokenizer", "train", victim, "--vocab-size", 300, "--out", victim)
+    assert_one_line_error(done, 2, "victim.jsonl: exists already")
+    assert victim.read_text() == '{"text": "precious"}\n'
+    for words in (["data", "verify", data, "--deep", "-1"], ["tokenizer", "train", victim, "--vocab-size", "-5"]):
+        done = run_cli(*words, *(["--out", tmp_path / "t.model"] if words[0] == "tokenizer" else []))
+        assert done.returncode == 2 and "is no whole number from" in done.stderr
+
+
 def test_presets_as_json_state_the_exact_counts(capsys):
     assert main(["presets", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}

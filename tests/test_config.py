@@ -90,6 +90,30 @@ def test_sources_are_a_mapping_of_typed_entries(tmp_path):
         load_recipe(PrepareRecipe, write(tmp_path, "{tokenizer: t, sources: {books: {paht: b.jsonl}}}"))
 
 
+def test_an_override_changes_its_source_alone_although_yaml_shares_it(tmp_path):
+    text = "{tokenizer: t, sources: {a: &a {path: x, clean: {repair: true}}, b: *a}}"
+    recipe = load_recipe(PrepareRecipe, write(tmp_path, text), ["--sources.a.clean.repair", "false"])
+    assert [source.clean.repair for source in recipe.sources.values()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{weight: 1}", "sources.s.path: is missing; give it a value"),
+        ("{path: ''}", "sources.s.path: '' is not the name of a file"),
+        ("{path: x, weight: .inf}", "sources.s.weight: inf is not above 0 and finite"),
+        ("{path: x, format: amber, clean: {repair: true}}", "sources.s.clean: has no effect with format: amber"),
+        ("{path: x, format: text, text_field: body}", "sources.s.text_field: has no effect with format: text"),
+        ("{path: x, split: test}", "sources.s.split: has no effect with format: auto"),
+        ("{path: x, path: y}", "line 1: key 'path' stands twice"),
+    ],
+)
+def test_keys_of_a_source_that_cannot_be_meant(tmp_path, source, said):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(PrepareRecipe, write(tmp_path, f"{{tokenizer: t, sources: {{s: {source}}}}}"))
+    assert said in str(caught.value)
+
+
 def test_every_preset_is_a_valid_recipe(tmp_path):
     for name, (config, _) in PRESETS.items():
         path = write(tmp_path, f"{{data: d, run: r, model: {{preset: {name}}}}}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,9 +25,10 @@ class _RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: key '{key}' stands twice")
         return super().construct_mapping(node, deep)
 
 
@@ -53,7 +54,7 @@ def load_recipe(recipe: type[Recipe], path: Path, overrides: Sequence[str] = ())
         UsageError: the file is missing or no YAML mapping, a key is unknown (the nearest one is named), a value has
             the wrong type or does not fit the others.
     """
-    settings = read_mapping(path)
+    settings = _unshared(read_mapping(path))
     for key, value in parse_overrides(overrides):
         _set_dotted(settings, key, value)
     parser = recipe_parser(recipe, "mobillama")
@@ -119,6 +120,13 @@ def _check_section(kind: Any, value: Any, key: str, known: list[str]) -> None:
         if name not in hints:
             raise UsageError(f"unknown key '{dotted}'{_suggestion(str(name), key, list(hints), known)}")
         _check(hints[name], inner, dotted, known)
+    for name in [field.name for field in fields(kind) if _is_required(field)] if is_dataclass(kind) else []:
+        if name not in value:
+            raise UsageError(f"{f'{key}.' if key else ''}{name}: is missing; give it a value")
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _suggestion(name: str, section: str, siblings: list[str], known: list[str]) -> str:
@@ -192,6 +200,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values")
     return settings
+
+
+def _unshared(value: Any) -> Any:
+    """Copy nested settings so that an override of one place changes no other that YAML made the same by an alias."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -100,11 +100,20 @@ def note(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to standard output; all columns but the first are numbers."""
+    """Print a table to standard output; all columns but the first are numbers.
+
+    In a terminal too narrow for it, it is printed in parts that repeat the first column.
+    """
     drawn = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
-    # At its natural width: a narrow terminal wraps a line, which is better than numbers cut short.
-    Console(file=sys.stdout, highlight=False, width=160).print(drawn)
+    output = Console(file=sys.stdout, highlight=False, width=160)
+    if sys.stdout.isatty() and len(columns) > 2 and output.measure(drawn).maximum > Console(file=sys.stdout).width:
+        half = 1 + len(columns) // 2
+        table(title, columns[:half], [row[:half] for row in rows])
+        table("", [columns[0], *columns[half:]], [[row[0], *row[half:]] for row in rows])
+        return
+    # At its natural width: what a terminal wraps is better than numbers cut short.
+    output.print(drawn)

@@ -144,8 +144,9 @@ class SourceConfig:
     path: str
     """A file, a directory, or with format=huggingface a data set's name (owner/name) or local directory."""
     format: Literal["auto", "jsonl", "parquet", "text", "amber", "huggingface"] = "auto"
-    """auto: by the files' names (.jsonl .gz .xz .zst, .parquet, .txt). text: each file is a document. amber: sequences
-    of ids as LLM360 publishes them. huggingface: streamed from the hub."""
+    """auto: by the files' names (.jsonl or .ndjson, also .gz .xz .zst; .parquet; .txt). text: each file is a document.
+    amber: sequences of ids as LLM360 publishes them, without its holdout_*. huggingface: streamed from the hub, or a
+    local directory."""
     files: str = ""
     """Glob of the files to take below a directory, for example **/*.py; empty: all that the format knows."""
     subset: str = ""
@@ -164,6 +165,27 @@ class SourceConfig:
     """How often its training sequences are dealt out: 0.5 takes half of them, 2 takes each twice."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     """Cleaning of this source."""
+
+    def check(self, key: str) -> None:
+        """Refuse values that cannot be, and keys that would have no effect; ``key`` is the source's.
+
+        Raises:
+            UsageError: the message names the key.
+        """
+        _require(bool(self.path), f"{key}.path", repr(self.path), "the name of a file, directory or data set")
+        _require(0 < self.weight < math.inf, f"{key}.weight", self.weight, "above 0 and finite")
+        used = {
+            "subset": self.format in ("amber", "huggingface"),
+            "split": self.format == "huggingface",
+            "revision": self.format == "huggingface",
+            "text_field": self.format not in ("amber", "text"),
+            "clean": self.format != "amber",
+            "files": self.format != "huggingface",
+        }
+        defaults = SourceConfig(self.path)
+        for name in (name for name, is_used in used.items() if not is_used):
+            if getattr(self, name) != getattr(defaults, name):
+                raise UsageError(f"{key}.{name}: has no effect with format: {self.format}; remove it")
 
 
 @dataclass(frozen=True)
@@ -196,7 +218,7 @@ class PrepareRecipe:
             plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
             _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
             _require(name != "duplicates", "sources", repr(name), "free: the table of duplicates has it")
-            _require(0 < source.weight < math.inf, f"sources.{name}.weight", source.weight, "above 0")
+            source.check(f"sources.{name}")
         _require(len(self.sources) <= 255, "sources", len(self.sources), "at most 255 of them")
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")
         _require(self.chunks >= 1, "chunks", self.chunks, "a positive number")

@@ -20,7 +20,7 @@ from mobillama.data.amber_import import import_amber
 from mobillama.data.dataset import Dataset
 from mobillama.data.order import order
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import decode
+from mobillama.data.tokenizer import decode, train_tokenizer
 from mobillama.data.trace import trace
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import PretrainRecipe
@@ -382,6 +382,7 @@ def test_damaged_archives_are_named(tokenizer_path, tmp_path, suffix, harm):
         ({"train_000.jsonl": [], "holdout_c4.jsonl": [GOOD]}, UsageError, "nothing is left to train on"),
         ({"train_000.jsonl": [GOOD], "other.jsonl": [GOOD]}, UsageError, "neither train_NNN.jsonl nor holdout_"),
         ({"train_000.jsonl": [GOOD], "train_00.jsonl": [GOOD]}, UsageError, "the same part as train_00"),
+        ({"train_000.jsonl": [GOOD], "train_002.jsonl": [GOOD]}, CorruptDataError, "chunk 1 is not there"),
         ({"train_000.jsonl": [GOOD.replace("1, 2, 3", "1")]}, CorruptDataError, "train_000.jsonl:1: a sequence of one"),
         ({"train_000.jsonl": [GOOD], "holdout_x.jsonl": [GOOD]}, CorruptDataError, "holdout_x.jsonl:1: source 'c4'"),
         (
@@ -419,6 +420,9 @@ def test_wrong_places_are_refused(exported, imported, tokenizer_path, tmp_path):
         import_amber(exported, tmp_path / "absent.model", tmp_path / "in", quiet)
     with pytest.raises(UsageError, match="exists already"):
         import_amber(exported, tokenizer_path, imported, quiet)
+    train_tokenizer(iter(["other words " * 50, "of another tokenizer " * 50]), 300, tmp_path / "other.model")
+    with pytest.raises(UsageError, match=r"other.model is not the one that made .*; use .*tokenizer"):
+        import_amber(exported, tmp_path / "other.model", tmp_path / "in", quiet)
 
 
 def test_a_source_may_be_only_trained_on_or_only_held_out(tokenizer_path, tmp_path):

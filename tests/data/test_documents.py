@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobillama.data.documents import Piece, Reading, count_lines, read_piece, read_texts, source_files
+from mobillama.data.documents import Piece, Reading, count_lines, passed_over, read_piece, read_texts, source_files
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
 
@@ -57,6 +57,45 @@ def test_an_archive_cut_anywhere_is_never_read_as_whole(tmp_path, suffix, pack):
             list(read_piece(write(tmp_path, f"a.jsonl{suffix}", content[:cut]), Reading()))
 
 
+def test_every_stream_of_an_xz_file_is_read_or_an_error(tmp_path):
+    first, second = lzma.compress(lines(["a"])), lzma.compress(lines(["b"]))
+    padded = list(read_piece(write(tmp_path, "a.jsonl.xz", first + bytes(8) + second + bytes(4)), Reading()))
+    assert [document.text for document in padded] == ["a", "b"]
+    for rest in (bytes([second[0] ^ 1]) + second[1:], second[:-3], b"garbage"):
+        with pytest.raises(CorruptDataError, match="damaged or truncated archive"):
+            list(read_piece(write(tmp_path, "b.jsonl.xz", first + rest), Reading()))
+
+
+def test_only_utf_8_is_read(tmp_path):
+    content = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(5)).encode("utf-16")
+    documents = list(read_piece(write(tmp_path, "a.jsonl", content), Reading(skip_bad=True)))
+    assert documents and all(document.fault for document in documents)
+    (marked,) = read_piece(write(tmp_path, "b.jsonl", b"\xef\xbb\xbf" + lines(["x"])), Reading())
+    assert marked.text == "x"
+
+
+def test_which_files_of_a_directory_are_read_and_which_are_passed_over(tmp_path):
+    for name in ("a.jsonl", "b.ndjson", "c.json.gz", "d.json", "e.csv", "holdout_x.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "linked").symlink_to(tmp_path)
+
+    def names(source: SourceConfig) -> tuple[list[str], list[str]]:
+        return [f.name for f in source_files(source, "s")], [f.name for f in passed_over(source)]
+
+    plain = ["a.jsonl", "b.ndjson", "c.json.gz"]
+    assert names(SourceConfig(str(tmp_path))) == ([*plain, "holdout_x.jsonl"], ["d.json", "e.csv", "linked"])
+    given = names(SourceConfig(str(tmp_path), "jsonl"))
+    assert given == ([*plain, "d.json", "holdout_x.jsonl"], ["e.csv", "linked"])
+    assert names(SourceConfig(str(tmp_path), "amber"))[0] == plain
+    assert source_files(SourceConfig(str(tmp_path / "e.csv"), "jsonl"), "s") == [tmp_path / "e.csv"]
+    with pytest.raises(UsageError, match=r"sources.s.path: .*e.csv is none of .*set format: jsonl"):
+        source_files(SourceConfig(str(tmp_path / "e.csv")), "s")
+    with pytest.raises(UsageError, match=r"sources.s.files: .*a.jsonl is a file itself"):
+        source_files(SourceConfig(str(tmp_path / "a.jsonl"), files="*.jsonl"), "s")
+    with pytest.raises(UsageError, match=r"c.json.gz: decompress texts first"):
+        source_files(SourceConfig(str(tmp_path), "text", files="c*"), "s")
+
+
 def test_parquet_columns_are_documents(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     piece = Piece(str(tmp_path / "a.parquet"), 0)
@@ -93,6 +132,9 @@ def test_a_hub_data_set_is_streamed_shard_by_shard(tmp_path):
     path = json.dumps([source.path, "", "train", ""])
     texts = [d.text for i in range(shards) for d in read_piece(Piece(path, i), Reading("huggingface"))]
     assert texts == ["0a", "0b", "1a", "1b", "2a", "2b"]
+    (tmp_path / "part-2.jsonl").write_bytes(lines(["2a"]) + b"{")
+    with pytest.raises(CorruptDataError, match=r"cannot be read after row \d of shard 2"):
+        list(read_piece(Piece(path, 2), Reading("huggingface")))
     with pytest.raises(UsageError, match="cannot be opened as a data set"):
         hub_dataset(SourceConfig(str(tmp_path / "absent"), "huggingface"))
 

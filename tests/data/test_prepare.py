@@ -157,7 +157,7 @@ def source_of(tmp_path, name: str, content: bytes) -> dict[str, SourceConfig]:
     ("name", "content", "error", "said"),
     [
         ("empty.jsonl", b"", UsageError, "sources.s: holds no document"),
-        ("blank.txt", b"", UsageError, "sources.s: none of its 1 documents is kept ({'empty': 1})"),
+        ("blank.txt", b"", UsageError, "sources.s: none of its 1 documents is kept (empty 1)"),
         ("short.txt", b"too short", UsageError, "nothing is left to train on"),
         ("bad.jsonl", b'{"text": "ok"}\n{"text": \n', CorruptDataError, "bad.jsonl:2: not valid JSON"),
         ("field.jsonl", b'{"txt": "ok"}\n', CorruptDataError, "field.jsonl:1: no text under 'text'"),
@@ -290,8 +290,33 @@ def test_what_was_read_is_kept_when_only_the_dealing_changes(prepare_recipe, tmp
 def test_two_preparations_do_not_share_a_directory(prepare_recipe, tmp_path):
     work = tmp_path / "out.partial"
     work.mkdir()
+    (work / "started").touch()
     with locked(work, "a preparation"), pytest.raises(UsageError, match="a preparation already runs here"):
         prepare(prepare_recipe, tmp_path / "out")
+
+
+def test_somebody_elses_directory_is_left_alone(prepare_recipe, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="out.partial: is needed to work in, but holds something else"):
+        prepare(prepare_recipe, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_raw_file_that_changes_while_it_is_read_is_noticed(tmp_path, prepare_recipe):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {n} of some words"}) + "\n" for n in range(200)))
+
+    def change(stage: str, done: float, total: float) -> None:
+        if stage.startswith("read") and text.stat().st_size == size:
+            text.write_text(text.read_text() + json.dumps({"text": "one more"}) + "\n")
+
+    size = text.stat().st_size
+    recipe = dataclasses.replace(prepare_recipe, sources={"s": SourceConfig(str(text))}, chunks=1)
+    with pytest.raises(UsageError, match=r"text.jsonl: changed while it was read; leave it alone"):
+        prepare(recipe, tmp_path / "out", change)
+    assert not (tmp_path / "out").exists()
+    assert prepare(recipe, tmp_path / "out")["sources"][0]["documents"] == 201
 
 
 def test_ready_sequences_are_a_source_like_others(data, prepare_recipe, tmp_path):

@@ -16,12 +16,12 @@ from mobillama.data import trace as trace_module
 from mobillama.data import trace_index
 from mobillama.data.amber_export import export_amber
 from mobillama.data.amber_import import import_amber
-from mobillama.data.dataset import Dataset
+from mobillama.data.dataset import INDEX_NAME, Dataset
 from mobillama.data.documents import Piece, Reading, read_piece, source_files
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.data.trace import steps_of_rows, trace
-from mobillama.data.trace_index import FACTS_NAME, INDEX_NAME, build_index
+from mobillama.data.trace_index import FACTS_NAME, build_index
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import PrepareRecipe, SourceConfig
 from mobillama.workflows.tracing import show_trace

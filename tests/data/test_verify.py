@@ -415,12 +415,14 @@ def test_tables_of_duplicates_and_labels_must_fit(mixed, imported, tmp_path):
 def test_files_that_no_manifest_names_are_noted(copy):
     (copy / "train" / "extra.npy").write_bytes(b"x")
     (copy / ".lock").touch()
-    (copy / "trace-index" / "deep").mkdir(parents=True)
-    (copy / "trace-index" / "facts.json").touch()
-    (copy / "trace-index" / "deep" / "more").touch()
+    (copy / "notes" / "deep").mkdir(parents=True)
+    (copy / "notes" / "facts.json").touch()
+    (copy / "notes" / "deep" / "more").touch()
+    (copy / "trace-index").mkdir()
+    (copy / "trace-index" / "facts.json").touch()  # what trace keeps there is ours
     assert verify(copy, 1, quiet)["notes"] == [
         f"{copy}/.lock: a file that the manifest does not name",
-        f"{copy}/trace-index/: 2 files that the manifest does not name",
+        f"{copy}/notes/: 2 files that the manifest does not name",
         f"{copy}/train/extra.npy: a file that the manifest does not name",
     ]
 

@@ -17,6 +17,35 @@ def prepare_file(prepare_recipe, tmp_path):
     return path
 
 
+def test_a_tokenizer_learns_from_the_sources_of_a_recipe(tmp_path, capsys):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(400)))
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"body": "some words of prose " * 50}) + "\n{broken\n")
+    code = f"code: {{path: {tmp_path}, format: text, files: '*.py'}}"
+    notes = f"notes: {{path: {tmp_path / 'notes.jsonl'}, text_field: body}}"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"{{tokenizer: none, bad_documents: skip, sources: {{{code}, {notes}}}}}")
+    assert main(["tokenizer", "train", str(recipe), "--vocab-size", "300", "--out", str(tmp_path / "t.model")]) == 0
+    shown = capsys.readouterr().out
+    assert "code" in shown and "notes" in shown
+
+
+def test_files_that_are_not_read_and_dropped_documents_are_told(tokenizer_path, tmp_path):
+    (tmp_path / "raw" / "sub").mkdir(parents=True)
+    texts = [json.dumps({"text": f"words of document {n} " * 20}) for n in range(40)]
+    (tmp_path / "raw" / "sub" / "a.jsonl").write_text("\n".join([*texts, "{broken"]) + "\n")
+    (tmp_path / "raw" / "b.csv").touch()
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"{{tokenizer: {tokenizer_path}, sources: {{s: {{path: {tmp_path / 'raw'}}}}}, bad_documents: skip, "
+        "sequence_length: 33, chunks: 2}"
+    )
+    done = run_cli("data", "prepare", recipe, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "not read in" in done.stderr and "b.csv" in done.stderr and "a.jsonl" not in done.stderr
+    assert "documents dropped: not_json 1" in done.stderr
+
+
 def test_preparing_on_the_command_line_shows_progress_and_a_table(data, prepare_file, tmp_path):
     words = ("data", "prepare", prepare_file, "--out", tmp_path / "out", "--workers", "2")
     first = run_cli(*words)

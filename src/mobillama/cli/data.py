@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobillama.cli.verbs import add_group, add_verb
+from mobillama.cli.verbs import add_group, add_verb, at_least, new_path
 from mobillama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,25 +21,33 @@ def add(verbs: Verbs) -> None:
     verb = add_verb(verbs, "trace", _trace, "find the documents and training steps that hold a text")
     verb.add_argument("path", type=Path, help="a run directory, or a prepared data directory")
     verb.add_argument("text", help="the exact text to look for")
-    verb.add_argument("--limit", type=int, default=20, help="places to show (default: %(default)s)")
-    verb.add_argument("--batch-size", type=int, help="sequences in a step (a run knows its own)")
-    verb.add_argument("--seed", type=int, help="seed of the order (a run knows its own; default: the prepared seed)")
-    verb.add_argument("--epochs", type=int, default=1, help="how many passes over the data (default: %(default)s)")
+    verb.add_argument("--limit", type=at_least(1), default=20, help="places to show (default: %(default)s)")
+    verb.add_argument("--batch-size", type=at_least(1), help="sequences in a step (a run knows its own)")
+    verb.add_argument(
+        "--seed", type=at_least(0), help="seed of the order (a run knows its own; default: the prepared seed)"
+    )
+    verb.add_argument(
+        "--epochs", type=at_least(1), default=1, help="how many passes over the data (default: %(default)s)"
+    )
     verb.add_argument("--json", action="store_true", help="print a JSON object a line")
 
 
 def _add_tokenizer(group: Verbs) -> None:
-    texts = "JSON lines (.jsonl .gz .xz .zst), .parquet, .txt, or directories of them; each is reported as a source"
+    texts = (
+        "files or directories of .jsonl (.gz .xz .zst), .parquet, .txt, or a preparation recipe (.yaml: its sources)"
+    )
     verb = add_verb(group, "train", _tokenizer_train, "train a LLaMA-type BPE with byte fallback")
     verb.add_argument("texts", type=Path, nargs="+", help=texts)
-    verb.add_argument("--vocab-size", type=int, default=32000, help="number of ids (default: %(default)s, the paper's)")
+    verb.add_argument(
+        "--vocab-size", type=at_least(1), default=32000, help="number of ids (default: %(default)s, the paper's)"
+    )
     verb.add_argument(
         "--sample-megabytes",
-        type=int,
+        type=at_least(1),
         default=200,
         help="text to learn from, the same share of each of TEXTS (default: %(default)s)",
     )
-    verb.add_argument("--out", type=Path, required=True, help="the .model file to write")
+    verb.add_argument("--out", type=new_path, required=True, help="the .model file to write")
     verb.add_argument(
         "--compare",
         type=Path,
@@ -54,26 +62,32 @@ def _add_tokenizer(group: Verbs) -> None:
         "tokenizers", type=Path, nargs="+", help=".model or tokenizer.json files, or directories with one"
     )
     verb.add_argument("--texts", type=Path, nargs="+", required=True, help=texts)
-    verb.add_argument("--sample-megabytes", type=int, default=20, help="of each source (default: %(default)s)")
+    verb.add_argument("--sample-megabytes", type=at_least(1), default=20, help="of each source (default: %(default)s)")
 
 
 def _add_data(group: Verbs) -> None:
     summary = "turn raw documents into ordered sequences; the same command goes on after a stop"
     verb = add_verb(group, "prepare", _data_prepare, summary, _prepare_recipe)
     verb.add_argument("recipe", type=Path, help="a preparation recipe (YAML)")
-    verb.add_argument("--out", type=Path, required=True, help="the data directory to make")
+    verb.add_argument("--out", type=new_path, required=True, help="the data directory to make")
     verb.add_argument(
         "--executor", choices=("local", "slurm", "ray"), default="local", help="where tasks run (default: %(default)s)"
     )
-    verb.add_argument("--workers", type=int, default=0, help="tasks at a time (default: all cores, or the cluster's)")
+    verb.add_argument(
+        "--workers", type=at_least(0), default=0, help="tasks at a time (default: all cores, or the cluster's)"
+    )
     verb.add_argument("--slurm-partition", default="", help="with slurm: the partition to submit to")
     verb.add_argument("--slurm-time", default="24:00:00", help="with slurm: time limit of a job (default: %(default)s)")
-    verb.add_argument("--memory-gb", type=int, default=2, help="with slurm, ray: GiB for a task (default: %(default)s)")
+    verb.add_argument(
+        "--memory-gb", type=at_least(1), default=2, help="with slurm, ray: GiB for a task (default: %(default)s)"
+    )
 
     verb = add_verb(group, "verify", _data_verify, "hash everything again, and re-derive sequences from raw documents")
     verb.add_argument("path", type=Path, help="a prepared data directory")
-    verb.add_argument("--deep", type=int, default=0, metavar="N", help="also make N sequences anew from raw documents")
-    verb.add_argument("--seed", type=int, default=0, help="which N (default: %(default)s)")
+    verb.add_argument(
+        "--deep", type=at_least(0), default=0, metavar="N", help="also make N sequences anew from raw documents"
+    )
+    verb.add_argument("--seed", type=at_least(0), default=0, help="which N (default: %(default)s)")
     verb.add_argument(
         "--source",
         action="append",
@@ -81,22 +95,24 @@ def _add_data(group: Verbs) -> None:
         metavar="NAME=PATH",
         help="where a source's raw files are now (default: where they were prepared from)",
     )
-    verb.add_argument("--workers", type=int, default=0, help="files hashed at a time (default: all cores)")
+    verb.add_argument("--workers", type=at_least(0), default=0, help="files hashed at a time (default: all cores)")
 
     verb = add_verb(
         group, "stats", _data_stats, "the paper's Table 2 of your corpus: tokens, documents, duplicates, drops"
     )
     verb.add_argument("path", type=Path, help="a prepared data directory")
-    verb.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw it")
+    verb.add_argument("--picture", type=new_path, metavar="FILE.png", help="also draw it")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     verb = add_verb(group, "show", _data_show, "show what a training step learns from: text, source, documents")
     verb.add_argument("path", type=Path, help="a run directory, or a prepared data directory")
     verb.add_argument("--step", type=int, required=True, help="which step, counted from 1 as in metrics.jsonl")
-    verb.add_argument("--batch-size", type=int, help="sequences in a step (a run knows its own)")
-    verb.add_argument("--seed", type=int, help="seed of the order (a run knows its own; default: the prepared seed)")
+    verb.add_argument("--batch-size", type=at_least(1), help="sequences in a step (a run knows its own)")
     verb.add_argument(
-        "--characters", type=int, default=300, help="of each sequence's text; 0: all (default: %(default)s)"
+        "--seed", type=at_least(0), help="seed of the order (a run knows its own; default: the prepared seed)"
+    )
+    verb.add_argument(
+        "--characters", type=at_least(0), default=300, help="of each sequence's text; 0: all (default: %(default)s)"
     )
     verb.add_argument("--json", action="store_true", help="print a JSON object a line, with ids")
 
@@ -104,7 +120,7 @@ def _add_data(group: Verbs) -> None:
         group, "export", _data_export, "write LLM360's Amber chunks (JSON lines), or the ledger of documents"
     )
     verb.add_argument("path", type=Path, help="a prepared data directory")
-    verb.add_argument("out", type=Path, help="the directory to make; with --ledger the .jsonl file")
+    verb.add_argument("out", type=new_path, help="the directory to make; with --ledger the .jsonl file")
     verb.add_argument(
         "--ledger", action="store_true", help="a line for every raw document: hash, verdict, duplicate of"
     )
@@ -112,7 +128,7 @@ def _add_data(group: Verbs) -> None:
     verb = add_verb(group, "import", _data_import, "make training data of LLM360's Amber chunks, in their own order")
     verb.add_argument("path", type=Path, help="a directory of train_NNN.jsonl (also .gz .xz .zst)")
     verb.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer that made the ids")
-    verb.add_argument("--out", type=Path, required=True, help="the data directory to make")
+    verb.add_argument("--out", type=new_path, required=True, help="the data directory to make")
 
 
 def _prepare_recipe() -> type[Any]:
@@ -135,17 +151,22 @@ def _tokenizer_compare(args: argparse.Namespace) -> None:
 
 def _data_prepare(args: argparse.Namespace) -> None:
     from mobillama.config import load_recipe
-    from mobillama.console import progress
+    from mobillama.console import note, progress
     from mobillama.data.prepare.pipeline import prepare
     from mobillama.data.prepare.stages import Execution
     from mobillama.recipe import PrepareRecipe
-    from mobillama.workflows.corpus import show_preparation
+    from mobillama.workflows.corpus import note_passed_over, show_preparation
 
     recipe = load_recipe(PrepareRecipe, args.recipe, args.overrides)
     execution = Execution(args.executor, args.workers, args.slurm_partition, args.slurm_time, args.memory_gb)
     known = (args.out / "manifest.json").exists()
-    with progress() as show:
-        manifest = prepare(recipe, args.out, show, execution)
+    note_passed_over(recipe)
+    try:
+        with progress() as show:
+            manifest = prepare(recipe, args.out, show, execution)
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on from the last finished task")
+        raise
     show_preparation(args.out, manifest, known)
 
 

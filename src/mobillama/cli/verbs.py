@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,24 @@ def add_group(verbs: Verbs, name: str, summary: str) -> Verbs:
 def options_of(verb: argparse.ArgumentParser) -> list[str]:
     """Return the long options of a verb."""
     return [option for action in verb._actions for option in action.option_strings if option.startswith("--")]
+
+
+def new_path(text: str) -> Path:
+    """Return the path of something to make; argparse tells the user of one without a name (empty, ``.``, ``/``)."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"'{text}' is no name for a new file or directory")
+    return Path(text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from ``least`` on."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
+        return int(text)
+
+    return read
 
 
 class _RecipeHelp(argparse.Action):

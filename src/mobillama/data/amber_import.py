@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mobillama.data.archives import open_lines
 from mobillama.data.dataset import FORMAT, GIVEN, PREPARATION_NAME
-from mobillama.data.documents import JSON_SUFFIXES, open_lines
+from mobillama.data.documents import JSON_SUFFIXES
 from mobillama.data.ledger import DOCUMENT, KEPT
 from mobillama.data.store import write_array, write_sequences
 from mobillama.data.tokenizer import (
@@ -68,11 +69,15 @@ def import_amber(path: Path, tokenizer: Path, out: Path, progress: Progress) -> 
         progress: told (stage, done, total).
 
     Raises:
-        UsageError: there are no such files, or other ones among them; no tokenizer is there; ``out`` exists.
+        UsageError: there are no such files, or other ones among them; no tokenizer is there, or another one lies in
+            ``path/tokenizer``; ``out`` exists.
         CorruptDataError: a line is none of Amber's, has another length than the first or ids that the tokenizer has not,
             or an archive is damaged; file and line are named.
     """
     loaded = load_tokenizer(tokenizer)
+    beside = path / "tokenizer"  # where an export keeps it
+    if beside.is_dir() and tokenizer_digest(load_tokenizer(beside)) != tokenizer_digest(loaded):
+        raise UsageError(f"--tokenizer: {tokenizer} is not the one that made {path}; use {beside}")
     chunks, holdouts = _find_files(path)
     with new_directory(out) as work:
         manifest = _Import(work, loaded, chunks, holdouts, progress).run()
@@ -101,6 +106,7 @@ def _find_files(path: Path) -> tuple[list[_Found], list[_Found]]:
 
     Raises:
         UsageError: there are no chunks, one of them twice, or other JSON lines among them.
+        CorruptDataError: a chunk between others is missing.
     """
     if not path.is_dir():
         raise UsageError(f"{path}: is no directory; name the one that holds Amber's train_000.jsonl …")
@@ -118,6 +124,11 @@ def _find_files(path: Path) -> tuple[list[_Found], list[_Found]]:
             raise UsageError(f"{file}: is the same part as {before.name}; remove one of them")
     if not chunks:
         raise UsageError(f"{path}: holds no train_NNN.jsonl (nor .gz, .xz, .zst); name the directory that holds them")
+    missing = next((n for n, found in enumerate(sorted(chunks), min(chunks)) if n != found), None)
+    if missing is not None:
+        raise CorruptDataError(
+            f"{path}: chunk {missing} is not there, but later ones are; fetch train_{missing:03d}.jsonl"
+        )
     return [_Found(chunks[n]) for n in sorted(chunks)], [_Found(holdouts[n], n) for n in sorted(holdouts)]
 
 

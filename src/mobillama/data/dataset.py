@@ -21,6 +21,7 @@ from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manif
 FORMAT = "mobillama-dataset-2"
 GIVEN = "given"  # the manifest's "order" where sequences stand as they were imported, not as they were dealt out
 PREPARATION_NAME = "preparation.json"
+INDEX_NAME = "trace-index"  # what trace keeps beside the data
 
 
 @dataclass(frozen=True)

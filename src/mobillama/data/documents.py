@@ -6,26 +6,27 @@ rows count from 1. What cannot be read is either an error that names the place o
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mobillama.data.archives import ARCHIVE_ERRORS, BLOCK_BYTES, COMPRESSED, open_lines
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
+# Plain .json is left to those who ask for it (format: jsonl): it is often one object of settings.
+JSON_SUFFIXES = (
+    *(f".{name}{archive}" for name in ("jsonl", "ndjson") for archive in ("", *COMPRESSED)),
+    *(f".json{archive}" for archive in COMPRESSED),
+)
 SUFFIXES = {"jsonl": JSON_SUFFIXES, "amber": JSON_SUFFIXES, "parquet": (".parquet",), "text": (".txt",)}
 ALL_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".txt")
 
 # A character of JSON takes at most six times its bytes of UTF-8 (\\u0001).
 _JSON_GROWTH = 6
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,41 @@ def source_files(source: SourceConfig, name: str) -> list[Path]:
     path, suffixes = Path(source.path), SUFFIXES.get(source.format, ALL_SUFFIXES)
     key = f"sources.{name}.path"
     if path.is_file():
-        if source.format != "text" and not path.name.endswith(suffixes):
-            raise UsageError(f"{key}: {path} is none of {', '.join(suffixes)}; set format: text if it is plain text")
-        return [path]
-    if not path.is_dir():
+        if source.files:
+            raise UsageError(f"sources.{name}.files: {path} is a file itself; remove 'files', or name its directory")
+        if source.format == "auto" and not path.name.endswith(suffixes):
+            raise UsageError(
+                f"{key}: {path} is none of {', '.join(suffixes)}; set format: jsonl, parquet or text, whichever it is"
+            )
+        files = [path]
+    elif not path.is_dir():
         raise UsageError(f"{key}: {path} does not exist")
-    found = path.glob(source.files) if source.files else path.rglob("*")
-    files = sorted(file for file in found if file.is_file() and (source.files or file.name.endswith(suffixes)))
+    else:
+        files = sorted(file for file in path.glob(source.files or "**/*") if _is_of(source, file))
     if not files:
         wanted = source.files or f"*{' *'.join(suffixes)}"
         raise UsageError(f"{key}: {path} holds no file {wanted}; name others with 'files: \"**/*.py\"'")
+    if source.format == "text" and any(file.name.endswith(COMPRESSED) for file in files):
+        raise UsageError(f"{key}: {next(f for f in files if f.name.endswith(COMPRESSED))}: decompress texts first")
     return files
+
+
+def _is_of(source: SourceConfig, file: Path) -> bool:
+    """Tell whether a file below a source's directory belongs to it; an Amber folder's hold-out does not."""
+    if source.files:
+        return file.is_file()
+    suffixes = SUFFIXES.get(source.format, ALL_SUFFIXES) + ((".json",) if source.format == "jsonl" else ())
+    held_out = source.format == "amber" and file.name.startswith("holdout_")
+    return file.name.endswith(suffixes) and not held_out and file.is_file()
+
+
+def passed_over(source: SourceConfig) -> list[Path]:
+    """Return what below a source's directory is not read: files of other kinds and linked directories, by name."""
+    path = Path(source.path)
+    if source.files or source.format == "huggingface" or not path.is_dir():
+        return []
+    found = path.glob("**/*")
+    return sorted(f for f in found if (f.is_symlink() and f.is_dir()) or (f.is_file() and not _is_of(source, f)))
 
 
 def read_texts(paths: list[Path]) -> Iterator[str]:
@@ -98,8 +123,20 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
         CorruptDataError: a file cannot be read.
     """
     for path in paths:
-        for file in source_files(SourceConfig(str(path)), path.name):
-            yield from (document.text for document in read_piece(Piece(str(file), 0), Reading()) if document.text)
+        yield from source_texts(SourceConfig(str(path)), path.name)
+
+
+def source_texts(source: SourceConfig, name: str, skip_bad: bool = False) -> Iterator[str]:
+    """Yield the texts of a source's files, in order, uncleaned.
+
+    Raises:
+        UsageError: there is nothing to read.
+        CorruptDataError: a file cannot be read, or (unless ``skip_bad``) one of its documents.
+    """
+    reading = Reading(source.format, source.text_field, skip_bad=skip_bad)
+    for file in source_files(source, name):
+        documents = read_piece(Piece(str(file), 0), reading)
+        yield from (document.text for document in documents if document.text and not document.fault)
 
 
 def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
@@ -110,7 +147,7 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
             with a text, or a text is not UTF-8; file and line are named.
     """
     path = Path(piece.path)
-    format = reading.format if reading.format != "auto" else _format_of(path)
+    format = reading.format if reading.format != "auto" else format_of(path)
     readers: dict[str, Callable[[Path, Piece, Reading], Iterator[Document]]] = {
         "jsonl": _read_json_lines,
         "amber": _read_json_lines,
@@ -122,16 +159,20 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
         for document in readers[format](path, piece, reading):
             if document.fault and not reading.skip_bad and document.fault != "too_long":
                 before = count_lines(Piece(piece.path, piece.file, 0, piece.start)) if piece.start else 0
+                place = (
+                    f"{json.loads(piece.path)[0]}: shard {piece.file}, row " if format == "huggingface" else f"{path}:"
+                )
                 raise CorruptDataError(
-                    f"{path}:{before + document.line}: {document.text}, or set bad_documents: skip to pass over such "
+                    f"{place}{before + document.line}: {document.text}, or set bad_documents: skip to pass over such "
                     "documents"
                 )
             yield document
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
+    except ARCHIVE_ERRORS as error:
         raise CorruptDataError(f"{path}: damaged or truncated archive ({error}); fetch it again") from None
 
 
-def _format_of(path: Path) -> str:
+def format_of(path: Path) -> str:
+    """Return what a file's name says of its format."""
     return next((name for name, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)), "text")
 
 
@@ -144,7 +185,7 @@ def _read_json_lines(path: Path, piece: Piece, reading: Reading) -> Iterator[Doc
 
 
 def _parse_lines(lines: BinaryIO, piece: Piece, reading: Reading) -> Iterator[Document]:
-    limit = min(_JSON_GROWTH * reading.max_bytes + _BLOCK_BYTES, 1 << 62)
+    limit = min(_JSON_GROWTH * reading.max_bytes + BLOCK_BYTES, 1 << 62)
     number = 0
     while piece.end is None or lines.tell() < piece.end:
         line = lines.readline(limit)
@@ -164,14 +205,14 @@ def count_lines(piece: Piece) -> int:
     count, left = int(piece.start == 0), piece.end - max(piece.start, 1)
     with open(piece.path, "rb") as file:
         file.seek(max(piece.start - 1, 0))
-        while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+        while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
             count += block.count(b"\n")
             left -= len(block)
     return count
 
 
 def _skip_line(lines: BinaryIO) -> None:
-    while (block := lines.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
+    while (block := lines.readline(BLOCK_BYTES)) and not block.endswith(b"\n"):
         pass
 
 
@@ -180,7 +221,7 @@ def _parse_line(line: bytes, file: int, number: int, reading: Reading) -> Iterat
         yield Document(said, line, file, number, reason)
 
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes it would guess the encoding
     except UnicodeDecodeError as error:
         return fault("not_utf8", f"not UTF-8 ({error}); convert it first")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
@@ -254,7 +295,7 @@ def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]
             if reading.split_long:
                 yield from _split(file, piece.file, 1, reading.max_bytes)
             else:
-                head = file.read(_BLOCK_BYTES)
+                head = file.read(BLOCK_BYTES)
                 yield Document("longer than max_document_bytes", head, piece.file, 1, "too_long")
             return
         raw = file.read()
@@ -307,61 +348,10 @@ def hub_dataset(source: SourceConfig) -> Any:
 def _read_hub(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
     name, subset, split, revision = json.loads(piece.path)
     rows = hub_dataset(SourceConfig(name, "huggingface", subset=subset, split=split, revision=revision))
-    for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=piece.file), 1):
-        yield from _cell(row.get(reading.text_field), piece.file, number, reading)
-
-
-def open_lines(path: Path) -> Any:
-    """Open a file of lines, compressed or not, as binary lines; a truncated archive raises when its end is read."""
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
-    return open(path, "rb", buffering=_BLOCK_BYTES)
-
-
-class _ZstdError(Exception):
-    """A Zstandard stream is damaged or ends too early."""
-
-
-class _ZstdFile(io.RawIOBase):
-    """Bytes of a .zst file, frame after frame; unlike zstandard's own reader it notices a missing end."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._file = open(path, "rb")  # noqa: SIM115 closed in close()
-        self._frame: Any = None
-        self._given = b""  # decompressed, not yet read
-        self._unread = b""  # compressed, of the next frame
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._given:
-            block = self._unread or self._file.read(1 << 17)
-            self._unread = b""
-            if not block:
-                if self._frame is not None:
-                    raise _ZstdError("the file ends before its last frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._given = self._frame.decompress(block)
-            except self._error as error:
-                raise _ZstdError(str(error)) from None
-            if self._frame.eof:
-                self._unread, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._given))
-        buffer[:count] = self._given[:count]
-        self._given = self._given[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    number = 0
+    try:
+        for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=piece.file), 1):
+            yield from _cell(row.get(reading.text_field), piece.file, number, reading)
+    except Exception as error:  # the library raises its own errors, those of every file format and the network's
+        said = f"cannot be read after row {number} of shard {piece.file} ({' '.join(str(error).split())})"
+        raise CorruptDataError(f"{name}: {said}; fetch it again") from None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.dataset import PREPARATION_NAME, Dataset
-from mobillama.data.documents import Document, Piece, Reading, read_piece
+from mobillama.data.documents import Document, Piece, Reading, format_of, read_piece
 from mobillama.data.order import Permutation
 from mobillama.errors import UsageError, VerificationError
 from mobillama.recipe import CleanConfig
@@ -144,7 +144,7 @@ def _raw_file(dataset: Dataset, source: int, name: str, sources: Mapping[str, Pa
     settings, label = inputs["sources"][source], dataset.source_names[source]
     names = [file["name"] for file in settings["files"]]
     reading = Reading(
-        format=settings["format"],
+        format=format_of(Path(name)) if settings["format"] == "auto" else settings["format"],
         text_field=settings["text_field"],
         sequence_length=inputs["sequence_length"],
         vocab_size=inputs["vocab_size"],
@@ -156,7 +156,7 @@ def _raw_file(dataset: Dataset, source: int, name: str, sources: Mapping[str, Pa
         address = [str(sources.get(label, settings["path"])), *(settings[k] for k in ("subset", "split", "revision"))]
         return _RawFile(json.dumps(address), names.index(name), reading)
     place = sources.get(label) or read_json(dataset.path / PREPARATION_NAME).get("paths", {}).get(label, "")
-    path = Path(place) if len(names) == 1 and Path(place).is_file() else Path(place) / name
+    path = Path(place) / name if Path(place).is_dir() else Path(place)
     if not path.is_file():
         said = f"{path}: is not there; source '{label}' was prepared from it: name its place with --source {label}=PATH"
         raise UsageError(said)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mobillama.data.dataset import Dataset
+from mobillama.data.dataset import INDEX_NAME, Dataset
 from mobillama.data.order import epoch_permutation
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.data.trace_index import (
     BORDER,
-    INDEX_NAME,
     WINDOW,
     WINDOWS_AT_ONCE,
     Pieces,

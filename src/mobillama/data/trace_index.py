@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.data.dataset import Dataset
+from mobillama.data.dataset import INDEX_NAME, Dataset
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.record.files import new_directory, read_json, write_json
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mobillama.data.prepare.stages import Progress
 
-INDEX_NAME = "trace-index"
 FACTS_NAME = "facts.json"
 
 _FORMAT = "mobillama-trace-index-1"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mobillama.data.dataset import PREPARATION_NAME, dataset_manifest
+from mobillama.data.dataset import INDEX_NAME, PREPARATION_NAME, dataset_manifest
 from mobillama.data.ledger import DOCUMENT, DUPLICATE, EXACT_DUPLICATE, KEPT, NEAR_DUPLICATE
 from mobillama.data.store import leaves_path
 from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, id_type, load_tokenizer, tokenizer_digest
@@ -70,7 +70,7 @@ def verify(path: Path, workers: int, progress: Progress) -> dict[str, Any]:
 
     Returns:
         ``files``, ``bytes``, ``sequences`` (held-out ones included), ``root``, and ``notes``: lines on files that the
-        manifest does not name, except preparation.json, which is no part of the data.
+        manifest does not name, except preparation.json and what trace keeps, which are no part of the data.
 
     Raises:
         UsageError: there is no data set at ``path``; or the system killed a process.
@@ -116,7 +116,8 @@ def _notes(path: Path, files: dict[str, Any]) -> list[str]:
     unnamed: Counter[str] = Counter()
     for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
         name = file.relative_to(path).as_posix()
-        if name not in files and name not in (MANIFEST_NAME, PREPARATION_NAME):
+        ours = name in (MANIFEST_NAME, PREPARATION_NAME) or name.startswith(f"{INDEX_NAME}/")
+        if name not in files and not ours:
             folder, slash, _ = name.partition("/")
             unnamed[name if not slash or folder in folders else folder + slash] += 1
     return [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mobillama.console import note, progress, table
 from mobillama.data.dataset import Dataset
+from mobillama.data.documents import passed_over
 from mobillama.data.ledger import EXACT_DUPLICATE, NEAR_DUPLICATE
 from mobillama.errors import UsageError
+from mobillama.recipe import PrepareRecipe
 from mobillama.record.files import replaced_file
 
 # Billions of tokens of each source in Amber, the paper's Table 2.
@@ -49,8 +52,24 @@ def show_preparation(out: Path, manifest: dict[str, Any], known: bool = False) -
         )
     columns = ["source", "documents", "kept", "MB kept", "tokens", "share", "bytes/token", "sequences", "held out"]
     table(f"{out}", [*columns, "tokens left over"], rows)
+    dropped: Counter[str] = Counter()
+    for source in manifest["sources"]:
+        dropped.update(source["verdicts"])
+    if dropped:
+        reasons = ", ".join(f"{rule} {count:,}" for rule, count in dropped.most_common())
+        note(f"documents dropped: {reasons} ('mobillama data stats {out}' shows where)")
     note(f"{total:,} tokens in sequences of {manifest['inputs']['sequence_length']} · {len(manifest['chunks'])} chunks")
     note(f"root {manifest['root']}")
+
+
+def note_passed_over(recipe: PrepareRecipe) -> None:
+    """Tell which files of the sources' directories are not read."""
+    for name, source in recipe.sources.items():
+        files = passed_over(source)
+        if files:
+            some = ", ".join(file.relative_to(source.path).as_posix() for file in files[:3])
+            more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+            note(f"sources.{name}: not read in {source.path}: {some}{more}; to read them, set format or files")
 
 
 def statistics(dataset: Dataset) -> dict[str, Any]:
@@ -175,6 +194,8 @@ def export_ledger(path: Path, out: Path) -> None:
     """Write the ledger of a data set as JSON lines: a raw document each."""
     ledger = Dataset(path).ledger
     count = 0
+    if out.exists():
+        raise UsageError(f"{out}: exists already; choose another file or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for entry in ledger.entries():

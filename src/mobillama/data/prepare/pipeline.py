@@ -34,7 +34,15 @@ from mobillama.data.prepare.pack import (
     run_path,
     target_facts,
 )
-from mobillama.data.prepare.plan import Input, ReadTask, describe_inputs, find_inputs, read_tasks, readings
+from mobillama.data.prepare.plan import (
+    Input,
+    ReadTask,
+    check_unchanged,
+    describe_inputs,
+    find_inputs,
+    read_tasks,
+    readings,
+)
 from mobillama.data.prepare.read import STAGE as READ_STAGE
 from mobillama.data.prepare.read import Read, first_lines, ids_path, load_facts, load_records
 from mobillama.data.prepare.stages import Execution, Progress, run_stage
@@ -48,6 +56,7 @@ from mobillama.record.lock import locked
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from mobillama.record.merkle import merkle_root
 
+STARTED_NAME = "started"  # marks a working directory as ours, and when its first attempt began
 _ROWS_AT_ONCE = 1 << 20
 _CHEAP_SECONDS = 60
 
@@ -77,12 +86,17 @@ def prepare(
     files = find_inputs(recipe)
     work = out.with_name(f"{out.name}.partial")
     try:
+        if out.exists() and not (out / MANIFEST_NAME).is_file():
+            raise UsageError(f"{out}: exists and is no prepared data; choose another --out")
+        _check_own(work)
         if out.exists():
             inputs = describe_inputs(recipe, tokenizer, files, None, execution.local_workers, progress)
             manifest = _existing(out, inputs)
             shutil.rmtree(work, ignore_errors=True)
             return manifest
         work.mkdir(parents=True, exist_ok=True)
+        if not (work / STARTED_NAME).exists():
+            (work / STARTED_NAME).touch()
         with locked(work, "a preparation"):
             try:
                 return _Preparation(recipe, out, work, tokenizer, files, execution, progress).run()
@@ -97,16 +111,19 @@ def prepare(
         ) from None
 
 
+def _check_own(work: Path) -> None:
+    """Refuse a directory of somebody else's that has the name of the working directory."""
+    if work.exists() and not (work / STARTED_NAME).exists() and (not work.is_dir() or any(work.iterdir())):
+        raise UsageError(f"{work}: is needed to work in, but holds something else; move it or choose another --out")
+
+
 def _is_cheap(work: Path) -> bool:
     """Tell whether an unfinished preparation took so little time that nobody misses it."""
-    started = work / "inputs.json"
-    done = [path.stat().st_mtime for path in work.glob("stages/*/completions/*")]
-    return not started.exists() or not done or max(done) - started.stat().st_mtime < _CHEAP_SECONDS
+    done = [path.stat().st_mtime for path in (*work.glob("stages/*/completions/*"), *work.glob("hashes.json"))]
+    return not done or max(done) - (work / STARTED_NAME).stat().st_mtime < _CHEAP_SECONDS
 
 
 def _existing(out: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    if not (out / MANIFEST_NAME).is_file():
-        raise UsageError(f"{out}: exists and is no prepared data; choose another --out")
     manifest = read_manifest(out, FORMAT)
     different = _difference(manifest["inputs"], inputs)
     if different:
@@ -172,6 +189,7 @@ class _Preparation:
         inputs = self._begin()
         tasks = read_tasks(self.recipe, self.files)
         self._read(tasks)
+        check_unchanged(self.files)
         facts = load_facts(self.work, len(tasks))
         dropped = self._timed("find duplicates", lambda: self._find_duplicates(tasks, facts))
         sources, verdicts, corpus_root = self._timed("ledger", lambda: self._write_ledger(tasks, facts, dropped))
@@ -268,9 +286,8 @@ class _Preparation:
             )
             reasons = {verdicts[code]: counts[code] for code in sorted(counts) if code}
             if not counts[0]:
-                raise UsageError(
-                    f"sources.{name}: none of its {documents} documents is kept ({reasons}); mend its clean"
-                )
+                said = ", ".join(f"{rule} {count}" for rule, count in reasons.items())
+                raise UsageError(f"sources.{name}: none of its {documents} documents is kept ({said}); mend its clean")
             fact = {
                 "name": name,
                 "documents": documents,

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobillama.data.documents import Piece, Reading, hub_dataset, source_files
+from mobillama.data.archives import COMPRESSED
+from mobillama.data.documents import Piece, Reading, format_of, hub_dataset, source_files
 from mobillama.data.prepare.stages import Progress
 from mobillama.data.tokenizer import Tokenizer, tokenizer_digest
+from mobillama.errors import UsageError
 from mobillama.recipe import PrepareRecipe, SourceConfig
-from mobillama.record.files import read_json, sha256_file, write_json
+from mobillama.record.files import read_json, sha256_file, sha256_json, write_json
 
 _TASK_BYTES = 64 << 20
 _TASK_FILES = 4096
@@ -85,6 +87,8 @@ def describe_inputs(
         settings = asdict(source)
         if source.format != "huggingface":
             del settings["path"]
+        elif Path(source.path).is_dir():
+            settings["sha256"] = _directory_digest(Path(source.path))
         described: list[dict[str, Any]] = [
             {"name": file.name, "bytes": file.bytes, "sha256": digests[file.path]} if file.time else {"name": file.name}
             for file in files
@@ -125,6 +129,23 @@ def _digests(files: list[Input], cache: Path | None, workers: int, progress: Pro
     return digests
 
 
+def _directory_digest(directory: Path) -> str:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return sha256_json({path.relative_to(directory).as_posix(): sha256_file(path) for path in files})
+
+
+def check_unchanged(inputs: list[list[Input]]) -> None:
+    """Check that no raw file changed since :func:`find_inputs`, by size and time.
+
+    Raises:
+        UsageError: one did; the message names it.
+    """
+    for file in (file for files in inputs for file in files if file.time):
+        state = Path(file.path).stat() if Path(file.path).exists() else None
+        if state is None or (state.st_size, state.st_mtime_ns) != (file.bytes, file.time):
+            raise UsageError(f"{file.path}: changed while it was read; leave it alone and run this again")
+
+
 def readings(recipe: PrepareRecipe, vocab_size: int) -> list[Reading]:
     """Return how each source is read."""
     return [
@@ -146,9 +167,8 @@ def read_tasks(recipe: PrepareRecipe, inputs: list[list[Input]]) -> list[ReadTas
     """Return the tasks of the reading stage: about 64 MiB of files each; plain JSON lines are divided where larger."""
     tasks: list[ReadTask] = []
     for source, (config, files) in enumerate(zip(recipe.sources.values(), inputs, strict=True)):
-        divided = config.format in ("auto", "jsonl", "amber")
         waiting: list[tuple[Piece, int]] = []
-        for piece, size in _pieces(files, divided):
+        for piece, size in _pieces(files, config.format):
             waiting.append((piece, size))
             if sum(size for _, size in waiting) >= _TASK_BYTES or len(waiting) == _TASK_FILES or not size:
                 tasks.append(_task(source, waiting))
@@ -158,9 +178,10 @@ def read_tasks(recipe: PrepareRecipe, inputs: list[list[Input]]) -> list[ReadTas
     return tasks
 
 
-def _pieces(files: list[Input], divided: bool) -> Iterable[tuple[Piece, int]]:
+def _pieces(files: list[Input], format: str) -> Iterable[tuple[Piece, int]]:
     for number, file in enumerate(files):
-        if not divided or not file.path.endswith(".jsonl") or file.bytes <= _TASK_BYTES:
+        lines = (format_of(Path(file.name)) if format == "auto" else format) in ("jsonl", "amber")
+        if not lines or file.path.endswith(COMPRESSED) or file.bytes <= _TASK_BYTES:
             yield Piece(file.path, number), file.bytes
             continue
         for start in range(0, file.bytes, _TASK_BYTES):

@@ -66,6 +66,8 @@ class Execution:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UsageError(f"--workers: {self.workers} is negative; 0 means all cores")
+        if self.executor != "slurm" and self.slurm_partition:
+            raise UsageError("--slurm-partition: has no effect without --executor slurm")
         if self.executor == "slurm" and not self.slurm_partition:
             raise UsageError("--slurm-partition: name the Slurm partition to run on ('sinfo' lists them)")
         if self.executor == "slurm" and shutil.which("sbatch") is None:

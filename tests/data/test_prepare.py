@@ -298,7 +298,7 @@ def test_two_preparations_do_not_share_a_directory(prepare_recipe, tmp_path):
 def test_somebody_elses_directory_is_left_alone(prepare_recipe, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-    with pytest.raises(UsageError, match="out.partial: is needed to work in, but holds something else"):
+    with pytest.raises(UsageError, match=r"out.partial: is needed to work in, but holds something else"):
         prepare(prepare_recipe, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
 

@@ -51,6 +51,8 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     scale_residual_init: bool = False
     """Divide the initial output projections of attention and feed-forward by sqrt(2 L) (not in the paper)."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys before they are rotated (RMSNorm; not in the paper)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -230,12 +232,19 @@ class PrepareRecipe:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up and cosine decay (section 3.3 of the paper)."""
+    """The optimizer, warm-up and decay (section 3.3 of the paper: AdamW, cosine)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw: for all. muon: Muon, its updates scaled to AdamW's, for the layers' matrices, AdamW for the rest (not in
+    the paper)."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: cosine to min_learning_rate, or wsd: constant, then linear to it (not in the paper)."""
+    decay_share: float = 0.2
+    """With schedule=wsd: share of the steps in which the rate falls."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     min_learning_rate: float = 3e-5
-    """Learning rate at the last step of the cosine."""
+    """Learning rate at the last step."""
     warmup_steps: int = 2000
     """Steps of linear warm-up; the first step already learns at peak/warmup_steps."""
     beta1: float = 0.9
@@ -255,6 +264,7 @@ class OptimizerConfig:
         rate, least = self.learning_rate, self.min_learning_rate
         _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "above 0")
         _require(0 <= least <= rate, "optimizer.min_learning_rate", least, f"within 0…learning_rate ({rate})")
+        _require(0 < self.decay_share <= 1, "optimizer.decay_share", self.decay_share, "above 0 and at most 1")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "at least 0 and below 1")
@@ -273,6 +283,10 @@ class TrainConfig:
     """Sequences in a step, over all devices (the paper's 800)."""
     micro_batch_size: int = 5
     """Sequences that a device takes through the model at once; the rest of the batch is accumulated."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss, for example 1e-4; it keeps logits small (not in the paper)."""
+    mask_documents: bool = False
+    """Let no token see another document of its sequence, and count positions anew in each (not in the paper)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: bfloat16 autocast over float32 weights, or float32. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
@@ -291,6 +305,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
+        _require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
         for name in ("keep_checkpoints", "validate_every", "validate_sequences"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.directory import save_model
@@ -25,6 +25,7 @@ SHAPES = [
     {"share": "ffn", "ffn_groups": 2, "num_key_value_heads": 2},
     {"share": "none", "num_key_value_heads": 1, "head_dim": 20},
     {"share": "ffn", "rms_norm_eps": 1e-3, "rope_theta": 500.0},
+    {"share": "ffn", "qk_norm": True, "num_key_value_heads": 2},
 ]
 
 
@@ -47,7 +48,7 @@ def wrapped(**changes) -> tuple[MobiLlamaForCausalLM, MobiLlama]:
 def test_unshared_twin_is_stock_llama_with_equal_logits(changes):
     model, ids = wrapped(**changes)[1], torch.randint(0, 512, (3, 40))
     twin = unshare(model.state_dict(), model.model.shape)
-    assert type(twin) is LlamaForCausalLM
+    assert type(twin) is (Qwen3ForCausalLM if changes.get("qk_norm") else LlamaForCausalLM)
     torch.testing.assert_close(twin(ids).logits, model(ids), atol=1e-5, rtol=0)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

@@ -35,6 +35,24 @@ def test_linear_cross_entropy_equals_logits_in_full_with_gradients(rows, monkeyp
     assert not losses.requires_grad
 
 
+def test_z_loss_adds_the_squared_log_normaliser_to_the_sum_alone(monkeypatch):
+    monkeypatch.setattr(loss, "_CPU_CHUNK", 4 * 31)
+    hidden, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
+    targets = torch.randint(0, 31, (3, 5))
+    targets[0, 2:] = IGNORE
+    total, losses = linear_cross_entropy(hidden, weight, targets, z_loss=0.03)
+    total.backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    logits = hidden @ weight.T
+    plain = token_losses(logits, targets)
+    expected = plain.sum() + 0.03 * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
+    expected.backward()
+    torch.testing.assert_close(losses, plain.detach())
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(found, (hidden.grad, weight.grad))
+
+
 def test_heads_gradient_adds_in_float32_over_chunks_under_autocast(monkeypatch):
     """Against products of the same bfloat16 numbers in float64: only their rounding per chunk is left."""
     hidden, weight = torch.randn(1, 4096, 16), torch.randn(31, 16, requires_grad=True)

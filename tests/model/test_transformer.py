@@ -39,6 +39,7 @@ SHAPES = [
     small(share="ffn"),
     small(share="ffn", ffn_groups=2, num_key_value_heads=2),
     small(share="block", num_key_value_heads=1, head_dim=10),
+    small(share="ffn", qk_norm=True, num_key_value_heads=2),
 ]
 
 
@@ -49,6 +50,13 @@ def test_presets_store_exactly_what_the_paper_and_the_cost_model_say(name):
         stored = sum(parameter.numel() for parameter in MobiLlama(config).parameters())
     assert stored == model_cost(config).stored_parameters
     assert stored == STORED.get(name, stored)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.share}-{c.ffn_groups}-{c.qk_norm}")
+def test_cost_counts_every_stored_number(config):
+    assert (
+        sum(parameter.numel() for parameter in MobiLlama(config).parameters()) == model_cost(config).stored_parameters
+    )
 
 
 def test_sharing_deals_networks_to_contiguous_groups_of_layers():

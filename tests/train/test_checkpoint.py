@@ -21,7 +21,7 @@ from mobillama.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from mobillama.train.optimizer import build_optimizer
+from mobillama.train.optimizer import build_optimizers
 
 CONFIG = ModelConfig(512, 16, 24, 2, 2)
 
@@ -30,11 +30,18 @@ CONFIG = ModelConfig(512, 16, 24, 2, 2)
 def trained():
     model = MobiLlama(CONFIG)
     initialise(model, CONFIG, 0)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    for _ in range(2):
-        model(torch.randint(0, 512, (2, 8))).square().mean().backward()
-        optimizer.step()
-    return model, optimizer
+    optimizers = build_optimizers(model, OptimizerConfig())
+    take_steps(model, optimizers, 2)
+    return model, optimizers
+
+
+def take_steps(model, optimizers, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(count):
+        model(torch.randint(0, 512, (2, 8), generator=generator)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @pytest.fixture
@@ -63,11 +70,27 @@ def test_checkpoint_holds_model_optimizer_state_and_manifest_and_no_pickle(save)
     assert json.loads((path / "state.json").read_text()) == {"a": 1, "step": 5, "updates": 2}
 
 
+def test_muon_goes_on_with_the_same_bits(tokenizer_path, tmp_path):
+    config = OptimizerConfig(kind="muon", learning_rate=0.01)
+    model = MobiLlama(CONFIG)
+    initialise(model, CONFIG, 0)
+    optimizers = build_optimizers(model, config)
+    take_steps(model, optimizers, 2)
+    path = save_checkpoint(tmp_path, 2, CONFIG, model, optimizers, load_tokenizer(tokenizer_path), {})
+    again = MobiLlama(CONFIG)
+    resumed = build_optimizers(again, config)
+    load_checkpoint(path, again, resumed)
+    for each in ((model, optimizers), (again, resumed)):
+        take_steps(*each, 3)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_weights_and_moments_come_back_bit_for_bit(save, trained):
-    path, (model, optimizer) = save(5), trained
+    path, (model, (optimizer,)) = save(5), trained
     other = MobiLlama(CONFIG)
-    fresh = build_optimizer(other, OptimizerConfig())
+    fresh = build_optimizers(other, OptimizerConfig())
     load_checkpoint(path, other, fresh)
+    (fresh,) = fresh
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         for key in ("exp_avg", "exp_avg_sq", "step"):

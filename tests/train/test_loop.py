@@ -21,10 +21,12 @@ from conftest import run_cli
 from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
 from mobillama.data.prepare.pipeline import prepare
+from mobillama.directory import load_model
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
 from mobillama.recipe import PretrainRecipe
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
+from mobillama.train.validation import document_ids
 
 COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
 
@@ -267,6 +269,41 @@ def test_bfloat16_training_learns_too(recipe_file, tmp_path):
     losses = [line["loss"] for line in series if line["kind"] == "step"]
     assert losses[-1] < losses[0] - 0.5
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_documents_do_not_see_each_other_when_they_are_masked(recipe_file, data, tmp_path):
+    """Changing a sequence's first document changes no loss of its other documents."""
+    ids = torch.from_numpy(Dataset(data).batch(0, 0, Dataset(data).size).ids)
+    eos = Dataset(data).tokenizer.eos_id
+    row = next(row for row in ids if eos in row[2:-9])
+    first = row.tolist().index(eos, 2)
+    other = row.clone()
+    other[:first] = torch.where(row[:first] == eos, eos, (row[:first] + 7) % 200 + 3)
+    recipe = recipe_of(recipe_file, "--train.mask_documents", "true", "--model.qk_norm", "true")
+    pretrain(recipe, Silent())
+    (_, last), *_ = list_checkpoints(tmp_path / "run" / "checkpoints")[::-1]
+    model = load_model(last / "model")
+    both = torch.stack((row, other))[:, :-1]
+    documents = document_ids(both, eos)
+    assert int(documents[0, first + 1]) == int(documents[0, first]) + 1
+    with torch.no_grad():
+        masked, open_ = model(both, document_ids=documents), model(both)
+    torch.testing.assert_close(masked[0, first + 1 :], masked[1, first + 1 :])
+    assert not torch.allclose(open_[0, first + 1 :], open_[1, first + 1 :])
+
+
+def test_what_modern_recipes_ask_for_trains_and_resumes_with_the_same_bits(recipe_file, tmp_path):
+    asked = ["--optimizer.kind", "muon", "--optimizer.schedule", "wsd", "--train.z_loss", "1e-4"]
+    asked += ["--train.mask_documents", "true", "--model.qk_norm", "true", "--model.scale_residual_init", "true"]
+    asked += ["--train.steps", "40", "--train.checkpoint_every", "10"]
+    pretrain(recipe_of(recipe_file, *asked), Silent())
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    for _, path in list_checkpoints(tmp_path / "killed" / "checkpoints")[2:]:
+        shutil.rmtree(path)
+    pretrain(recipe_of(recipe_file, *asked, "--run", str(tmp_path / "killed")), Silent())
+    assert_same_bits(tmp_path / "killed", tmp_path / "run")
+    losses = [line["loss"] for line in outcome(tmp_path / "run")[0] if line["kind"] == "step"]
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_lost_checkpoints_are_not_taken_for_a_fresh_start(recipe_file, tmp_path):

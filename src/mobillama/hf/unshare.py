@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from mobillama.recipe import ModelConfig
 
@@ -19,9 +21,13 @@ def unshare_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str
     return twin
 
 
-def unshare(weights: dict[str, Tensor], config: ModelConfig) -> LlamaForCausalLM:
-    """Return stock ``LlamaForCausalLM`` with the weights of a MobiLlama state dict; its logits are equal."""
-    llama = LlamaConfig(
+def unshare(weights: dict[str, Tensor], config: ModelConfig) -> PreTrainedModel:
+    """Return stock ``LlamaForCausalLM`` with the weights of a MobiLlama state dict; its logits are equal.
+
+    With QK-norm it is stock ``Qwen3ForCausalLM``, a Llama that has it too.
+    """
+    settings: Any = Qwen3Config if config.qk_norm else LlamaConfig
+    stock = settings(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -37,7 +43,7 @@ def unshare(weights: dict[str, Tensor], config: ModelConfig) -> LlamaForCausalLM
         mlp_bias=False,
     )
     dtype = weights["lm_head.weight"].dtype
-    twin: LlamaForCausalLM = LlamaForCausalLM._from_config(llama, dtype=dtype)
+    twin = AutoModelForCausalLM.from_config(stock, dtype=dtype)
     with torch.no_grad():
         twin.load_state_dict(unshare_weights(weights, config))
     return twin.eval()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobillama.model.linear import Linear, multiply_side_by_side
-from mobillama.model.rotary import rotated_heads
+from mobillama.model.norm import RMSNorm
+from mobillama.model.rotary import rotate, rotated_heads, split_heads
 from mobillama.recipe import ModelConfig
 
 
@@ -111,7 +112,7 @@ def attention_mask(
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases, with optional grouped key/value heads and a free head width."""
+    """Multi-head attention without biases, with optional grouped key/value heads, a free head width, and QK-norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,6 +121,9 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, config.key_value_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, config.key_value_heads * self.head_dim)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+        self.qk_norm = config.qk_norm
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size, into_residual=True)
 
     def forward(
@@ -134,9 +138,12 @@ class Attention(nn.Module):
         """Return the attention output (b, t, c); ``layer`` is the layer's place in the cache."""
         qkv_btj = multiply_side_by_side(x_btc, self.q_proj, self.k_proj, self.v_proj)
         heads = self.q_proj.out_features // self.head_dim
-        q_bhtd, k_bhsd, v_bhsd = (
-            part_bthd.transpose(1, 2) for part_bthd in rotated_heads(qkv_btj, *rotary, heads, self.head_dim)
-        )
+        if self.qk_norm:
+            q_bthd, k_bthd, v_bthd = split_heads(qkv_btj, heads, self.head_dim)
+            parts = rotate(self.q_norm(q_bthd), *rotary), rotate(self.k_norm(k_bthd), *rotary), v_bthd
+        else:
+            parts = rotated_heads(qkv_btj, *rotary, heads, self.head_dim)
+        q_bhtd, k_bhsd, v_bhsd = (part_bthd.transpose(1, 2) for part_bthd in parts)
         if cache is not None:
             k_bhsd, v_bhsd = cache.update(k_bhsd, v_bhsd, layer)
         y_bhtd = F.scaled_dot_product_attention(

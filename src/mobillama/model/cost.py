@@ -63,8 +63,9 @@ def model_cost(config: ModelConfig, context: int | None = None) -> Cost:
     stored_layers = len({layer for layer, _ in config.layer_weights})
     stored_ffns = len({index for _, index in config.layer_weights})
     stored_matrices = stored_layers * attention + stored_ffns * ffn + table
-    stored = stored_matrices + table + (2 * stored_layers + 1) * width
-    applied = 2 * table + layers * (attention + ffn) + (2 * layers + 1) * width
+    norms = 2 * width + (2 * config.attention_head_dim if config.qk_norm else 0)
+    stored = stored_matrices + table + stored_layers * norms + width
+    applied = 2 * table + layers * (attention + ffn + norms) + width
     matmul = layers * (attention + ffn) + table
     attention_full = 4 * layers * query_width * tokens
     return Cost(

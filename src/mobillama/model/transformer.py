@@ -13,25 +13,15 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mobillama.model.attention import Attention, AttentionCache, attention_mask
 from mobillama.model.linear import Linear, multiply_side_by_side, to_compute_type
+from mobillama.model.norm import RMSNorm
 from mobillama.model.rotary import rotary_tables
 from mobillama.recipe import ModelConfig
 
 if find_spec("triton"):
     import mobillama.model.kernels  # noqa: F401  (registers the operators that a GPU's tensors take)
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight multiplies in its own precision, whatever the type of the stream."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, c) to (…, c) in x's type."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        return (F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight).to(x.dtype)
 
 
 class FeedForward(nn.Module):

@@ -23,7 +23,11 @@ from mobillama.record.files import fsync_directory, fsync_tree, read_json, write
 from mobillama.record.manifest import MANIFEST_NAME, find_damage, read_manifest, write_manifest
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# What each optimizer remembers of a parameter; AdamW besides counts its updates.
+_MEMORY: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -47,7 +51,7 @@ def save_checkpoint(
     step: int,
     config: ModelConfig,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     state: dict[str, Any],
 ) -> Path:
@@ -61,8 +65,8 @@ def save_checkpoint(
     try:
         save_model(work / "model", config, model.state_dict(), tokenizer)
         (work / "optimizer").mkdir()
-        save_tensors(work / "optimizer" / OPTIMIZER_FILE, _optimizer_tensors(model, optimizer))
-        write_json(work / "state.json", {**state, "step": step, "updates": _updates(optimizer)})
+        save_tensors(work / "optimizer" / OPTIMIZER_FILE, _optimizer_tensors(model, optimizers))
+        write_json(work / "state.json", {**state, "step": step, "updates": _updates(optimizers)})
         fsync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
@@ -123,8 +127,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / "state.json")
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and the optimizer's moments into ``model`` and ``optimizer``, bit for bit.
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load weights and what the optimizers remember into ``model`` and ``optimizers``, bit for bit.
 
     Raises:
         CorruptDataError: a file is damaged or does not fit the model.
@@ -134,24 +138,29 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     updates = read_state(path)["updates"]
     try:
         model.load_state_dict(weights)
-        for name, parameter in model.named_parameters():
-            own = {moment: moments[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-            # AdamW counts updates in a float32 tensor of each parameter.
-            optimizer.state[parameter] = {**own, "step": torch.tensor(float(updates), device=parameter.device)}
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for optimizer in optimizers:
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                memory = {key: moments[f"{key}.{names[parameter]}"] for key in _MEMORY[type(optimizer)]}
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in memory.items()}
+                if isinstance(optimizer, torch.optim.AdamW):  # it counts in a float32 tensor of each parameter
+                    optimizer.state[parameter]["step"] = torch.tensor(float(updates), device=parameter.device)
     except (RuntimeError, KeyError) as error:
         raise CorruptDataError(
             f"{path}: does not fit the recipe's model ({' '.join(str(error).split())[:200]})"
         ) from None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
-        if parameter in optimizer.state
+        f"{key}.{names[parameter]}": memory[key]
+        for optimizer in optimizers
+        for parameter, memory in optimizer.state.items()
+        for key in _MEMORY[type(optimizer)]
     }
 
 
-def _updates(optimizer: torch.optim.Optimizer) -> int:
-    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+def _updates(optimizers: list[torch.optim.Optimizer]) -> int:
+    counts = (state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state)
+    return max(map(int, counts), default=0)

@@ -34,8 +34,8 @@ from mobillama.train.checkpoint import (
     save_checkpoint,
 )
 from mobillama.train.device import autocast_to, choose_device, choose_precision, describe_device, keep_freed_memory
-from mobillama.train.optimizer import build_optimizer, learning_rate
-from mobillama.train.validation import combined, validate
+from mobillama.train.optimizer import build_optimizers, learning_rate
+from mobillama.train.validation import combined, document_ids, validate
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -112,7 +112,8 @@ class _Run:
         model = MobiLlama(recipe.model)
         initialise(model, recipe.model, recipe.seed)
         self.model = model.to(self.device)
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.eos_id = dataset.tokenizer.eos_id if recipe.train.mask_documents else None
         decoder = self.model.model
         self.decoder: Callable[..., torch.Tensor] = torch.compile(decoder) if recipe.train.compile else decoder
         self.tokens_per_step = recipe.train.batch_size * (dataset.sequence_length - 1)
@@ -160,7 +161,7 @@ class _Run:
                 f"{path}: was computed in {state['precision']}, this machine would go on in {self.precision}; "
                 f"set train.precision to {state['precision']}"
             )
-        load_checkpoint(path, self.model, self.optimizer)
+        load_checkpoint(path, self.model, self.optimizers)
         if not metrics.is_file() or metrics.stat().st_size < state["metrics_bytes"]:
             raise CorruptDataError(f"{metrics}: shorter than when {path.name} was saved; restore it from a copy")
         os.truncate(metrics, state["metrics_bytes"])
@@ -171,7 +172,7 @@ class _Run:
         """Take optimizer step ``step`` (from 0) and return its record."""
         recipe, started = self.recipe, time.perf_counter()
         rate = learning_rate(recipe.optimizer, step, recipe.train.steps)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         by_source = torch.zeros(len(self.dataset.source_names), dtype=torch.float64, device=self.device)
         sequences = torch.zeros_like(by_source)
@@ -180,8 +181,10 @@ class _Run:
             ids = torch.from_numpy(batch.ids).to(self.device)
             sources = torch.from_numpy(batch.sources).to(self.device)
             with self.autocast():
-                hidden_btc = self.decoder(ids[:, :-1])
-                total, losses_bt = linear_cross_entropy(hidden_btc, self.model.lm_head.weight, ids[:, 1:])
+                hidden_btc = self.decoder(ids[:, :-1], document_ids=document_ids(ids[:, :-1], self.eos_id))
+                total, losses_bt = linear_cross_entropy(
+                    hidden_btc, self.model.lm_head.weight, ids[:, 1:], recipe.train.z_loss
+                )
             torch.autograd.backward(total / self.tokens_per_step)
             by_source.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
@@ -193,8 +196,9 @@ class _Run:
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate and start a new run, "
                 f"or look at this step's data: mobillama data show {self.run} --step {step + 1}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens_of_source = (sequences * (self.dataset.sequence_length - 1)).tolist()
         means = zip(self.dataset.source_names, by_source.tolist(), tokens_of_source, strict=True)
         return {
@@ -210,7 +214,7 @@ class _Run:
 
     def _validate(self, step: int) -> None:
         micro, limit = self.recipe.train.micro_batch_size, self.recipe.train.validate_sequences
-        losses = validate(self.model, self.dataset, self.device, self.autocast, micro, limit)
+        losses = validate(self.model, self.dataset, self.device, self.autocast, micro, limit, eos_id=self.eos_id)
         if losses:
             record = {"kind": "validation", "step": step, "loss": combined(losses).loss}
             record["bits_per_byte"] = combined(losses).bits_per_byte
@@ -233,7 +237,7 @@ class _Run:
             "environment": self.environment,
         }
         path = save_checkpoint(
-            self.checkpoints, step, self.recipe.model, self.model, self.optimizer, self.dataset.tokenizer, state
+            self.checkpoints, step, self.recipe.model, self.model, self.optimizers, self.dataset.tokenizer, state
         )
         keep_newest(self.checkpoints, step, self.recipe.train.keep_checkpoints)
         return path

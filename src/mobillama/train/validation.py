@@ -43,11 +43,13 @@ def validate(
     batch_size: int,
     limit: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    eos_id: int | None = None,
 ) -> dict[str, SourceLoss]:
     """Return the loss on the first ``limit`` (0: all) held-out sequences of each source.
 
     The first id of a sequence is context only; every other id is scored, end marks too (their text is of 0 bytes).
-    Sources without hold-out are left out. ``progress`` is told (sequences done, all sequences).
+    Sources without hold-out are left out. ``progress`` is told (sequences done, all sequences). With ``eos_id``, the end
+    mark, no token sees another document.
     """
     lengths = token_lengths(dataset.tokenizer)
     held: dict[str, NDArray[np.int64]] = {name: dataset.holdout(name, limit) for name in dataset.source_names}
@@ -61,7 +63,8 @@ def validate(
             for start in range(0, len(ids), batch_size):
                 batch = torch.from_numpy(ids[start : start + batch_size]).to(device)
                 with autocast():
-                    losses_bt = token_losses(model(batch[:, :-1]), batch[:, 1:])
+                    logits_btv = model(batch[:, :-1], document_ids=document_ids(batch[:, :-1], eos_id))
+                    losses_bt = token_losses(logits_btv, batch[:, 1:])
                 nats += float(losses_bt.double().sum())
                 done += len(batch)
                 progress(done, total)
@@ -69,6 +72,17 @@ def validate(
                 losses[name] = SourceLoss(nats, ids[:, 1:].size, int(lengths[ids[:, 1:]].sum()))
     model.train(was_training)
     return losses
+
+
+def document_ids(ids_bt: torch.Tensor, eos_id: int | None) -> torch.Tensor | None:
+    """Return which document of its sequence each token belongs to, counted from 0 (b, t); None without ``eos_id``.
+
+    An end mark belongs to the document that it ends; text never holds one (the tokenizer has no other way to it).
+    """
+    if eos_id is None:
+        return None
+    ends_bt = (ids_bt == eos_id).long()
+    return ends_bt.cumsum(1) - ends_bt
 
 
 def combined(losses: dict[str, SourceLoss]) -> SourceLoss:

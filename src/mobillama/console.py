@@ -84,6 +84,8 @@ class TrainingView:
             parts = " · ".join(f"{name} {value:.3f}" for name, value in record["bits_per_byte_by_source"].items())
             note(f"step {record['step']:,}: held out {record['bits_per_byte']:.4f} bits per byte ({parts})")
             return
+        if record["kind"] != "step" or record.get("loss") is None:
+            return  # a note says what happened
         speed = record["tokens_per_second"]
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
         facts = f"loss {record['loss']:.3f} · lr {record['learning_rate']:.1e} · {self._speed:,.0f} tokens/s"

@@ -310,9 +310,34 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 
+@dataclass(frozen=True)
+class FaultConfig:
+    """What is done when a step's loss or gradient is not finite, or spikes."""
+
+    spike_factor: float = 0.0
+    """A gradient norm above this times the median of the last 64 counts as a spike, for example 10; 0: none does."""
+    max_skips: int = 0
+    """Bad steps in a row whose update is left out; when more follow one another, the run rolls back."""
+    max_rollbacks: int = 0
+    """How often a run goes back to its last checkpoint and passes over the data from there to the bad step; then it
+    stops with exit code 5."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.spike_factor == 0 or 1 < self.spike_factor < math.inf,
+            "faults.spike_factor",
+            self.spike_factor,
+            "above 1, or 0",
+        )
+        for name in ("max_skips", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"faults.{name}", getattr(self, name), "0 or more")
+
+
 # What may differ when a run is resumed: steps learn from the same sequences, results may differ by rounding.
 RESUMABLE_CHANGES = frozenset(
     {
+        "data",
+        "run",
         "train.micro_batch_size",
         "train.device",
         "train.compile",
@@ -340,6 +365,8 @@ class PretrainRecipe:
     """The optimizer and its schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batch and cadence."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """What is done about bad steps."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")

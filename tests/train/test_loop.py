@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -24,8 +25,11 @@ from mobillama.data.prepare.pipeline import prepare
 from mobillama.directory import load_model
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
 from mobillama.recipe import PretrainRecipe
+from mobillama.record.chain import read_chain
+from mobillama.report.picture import draw_loss
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
+from mobillama.train.step import StepNumbers, Stepper
 from mobillama.train.validation import document_ids
 
 COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
@@ -43,9 +47,11 @@ def outcome(run: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return [{key: line[key] for key in COMPUTED if key in line} for line in lines], tensors
 
 
-def assert_same_bits(one: Path, other: Path) -> None:
+def assert_same_bits(one: Path, other: Path, same_cadence: bool = True) -> None:
     (series, tensors), (expected_series, expected) = outcome(one), outcome(other)
     assert series == expected_series
+    ledgers = [list(read_chain(run / "ledger.jsonl")) for run in (one, other)]
+    assert ledgers[0] == ledgers[1] or not same_cadence
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
@@ -94,7 +100,7 @@ def test_two_resumes_in_a_row_across_an_epoch_border_are_bit_identical(recipe_fi
     reporter = Silent()
     pretrain(second, reporter)
     assert any(f"resuming after step {steps - 4}" in note for note in reporter.notes)
-    assert_same_bits(tmp_path / "second", tmp_path / "run")
+    assert_same_bits(tmp_path / "second", tmp_path / "run", same_cadence=False)
     reporter = Silent()
     pretrain(second, reporter)
     assert f"all {steps} steps are done" in reporter.notes[-1]
@@ -261,6 +267,61 @@ def test_divergence_stops_with_the_last_good_checkpoint(recipe_file, tmp_path):
     good, _ = newest_whole_checkpoint(tmp_path / "run" / "checkpoints")
     assert all(tensor.isfinite().all() for tensor in load_file(good / "model" / "model.safetensors").values())
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+class Poisoned:
+    """Makes the gradient of chosen steps bad, as a cosmic ray or a bad batch would."""
+
+    def __init__(self, monkeypatch, bad: dict[int, float]) -> None:
+        whole = Stepper.gradient
+        self.seen: list[int] = []
+
+        def gradient(stepper: Stepper, step: int) -> StepNumbers:
+            self.seen.append(step)
+            numbers = whole(stepper, step)
+            if step not in bad:
+                return numbers
+            stepper.model.lm_head.weight.grad.mul_(bad[step])
+            return dataclasses.replace(numbers, gradient_norm=numbers.gradient_norm * bad[step])
+
+        monkeypatch.setattr(Stepper, "gradient", gradient)
+
+
+def test_twenty_bad_steps_are_skipped_and_the_weights_never_see_them(recipe_file, tmp_path, monkeypatch):
+    random_steps = random.Random(0).sample(range(20, 60), 20)
+    bad = {step: (math.nan, math.inf, 1000.0)[n % 3] for n, step in enumerate(random_steps)}
+    Poisoned(monkeypatch, bad)
+    policy = ["--faults.spike_factor", "20", "--faults.max_skips", "20", "--train.steps", "60"]
+    reporter = Silent()
+    pretrain(recipe_of(recipe_file, *policy), reporter)
+    lines = list(read_chain(tmp_path / "run" / "ledger.jsonl"))
+    faults = {line["step"] - 1: line["fault"] for line in lines if "fault" in line}
+    assert faults == {step: "spike" if factor == 1000.0 else "not finite" for step, factor in bad.items()}
+    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert all(
+            tensor.isfinite().all() for file in path.rglob("*.safetensors") for tensor in load_file(file).values()
+        )
+    losses = [line["loss"] for line in lines if line["kind"] == "step" and "fault" not in line]
+    assert losses[-1] < losses[0] - 0.3
+    draw_loss(tmp_path / "run", tmp_path / "loss.png")
+
+
+def test_too_many_bad_steps_roll_back_once_and_then_stop_and_a_resume_does_the_same(recipe_file, tmp_path, monkeypatch):
+    poisoned = Poisoned(monkeypatch, dict.fromkeys((25, 26, 27), math.nan) | dict.fromkeys((35, 36, 37), math.nan))
+    asked = ["--faults.max_skips", "2", "--faults.max_rollbacks", "1", "--train.steps", "40"]
+    asked += ["--train.checkpoint_every", "10"]
+    with pytest.raises(DivergedError, match=r"step 38: .*faults allows no more"):
+        pretrain(recipe_of(recipe_file, *asked), Silent())
+    # 20 to 27 once; back to 20; 20 to 27 passed over; 30 saved; 35 to 37 bad: no further rollback
+    assert poisoned.seen == [*range(28), *range(28, 38)]
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    lines = list(read_chain(ledger))
+    assert [(line["step"], line["to"]) for line in lines if line["kind"] == "rollback"] == [(28, 20)]
+    assert [line["step"] for line in lines if line.get("fault") == "passed over"] == list(range(21, 29))
+    before = ledger.read_bytes()
+    with pytest.raises(DivergedError):
+        pretrain(recipe_of(recipe_file, *asked), Silent())
+    assert ledger.read_bytes() == before
 
 
 def test_bfloat16_training_learns_too(recipe_file, tmp_path):

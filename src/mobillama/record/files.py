@@ -25,6 +25,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_bytes(content: bytes) -> str:
+    """Return the sha256 of bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def canonical_json(value: Any) -> bytes:
     """Return the one JSON encoding of ``value`` that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -32,7 +37,7 @@ def canonical_json(value: Any) -> bytes:
 
 def sha256_json(value: Any) -> str:
     """Return the sha256 of :func:`canonical_json` as hexadecimal digits."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return sha256_bytes(canonical_json(value))
 
 
 def fsync_directory(directory: Path) -> None:

@@ -20,9 +20,9 @@ def draw_loss(run: Path, out: Path, yardsticks: dict[str, float] | None = None) 
         yardsticks: name → bits per byte of simpler methods on the same hold-out.
     """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = [line for line in lines if line["kind"] == "step" and "fault" not in line]
     validations = [line for line in lines if line["kind"] == "validation"]
-    tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
+    tokens_at = {line["step"]: line["tokens"] / 1e6 for line in lines if line["kind"] == "step"}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
 

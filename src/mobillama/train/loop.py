@@ -7,24 +7,23 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
-
 from mobillama.config import flatten, read_mapping, resolved, to_yaml
-from mobillama.data.dataset import Dataset, partition
+from mobillama.data.dataset import Dataset
 from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
-from mobillama.model.loss import linear_cross_entropy
-from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import RESUMABLE_CHANGES, PretrainRecipe
+from mobillama.record.chain import START as CHAIN_START
+from mobillama.record.chain import Chain
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, sha256_json, write_json, write_text
 from mobillama.record.lock import locked
+from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.train.checkpoint import (
     keep_newest,
     load_checkpoint,
@@ -33,11 +32,13 @@ from mobillama.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from mobillama.train.device import autocast_to, choose_device, choose_precision, describe_device, keep_freed_memory
-from mobillama.train.optimizer import build_optimizers, learning_rate
-from mobillama.train.validation import combined, document_ids, validate
+from mobillama.train.device import choose_device, describe_device
+from mobillama.train.faults import Watch
+from mobillama.train.step import Stepper
+from mobillama.train.validation import combined, validate
 
 METRICS_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.jsonl"
 
 
 class Reporter(Protocol):
@@ -104,19 +105,8 @@ class _Run:
         self.recipe, self.dataset, self.run, self.reporter, self.environment = recipe, dataset, run, reporter, facts
         self.checkpoints = run / "checkpoints"
         self.checkpoints.mkdir(exist_ok=True)
-        self.device = choose_device(recipe.train.device)
-        self.precision = choose_precision(recipe.train.precision, self.device)
-        self.autocast = autocast_to(self.precision, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        model = MobiLlama(recipe.model)
-        initialise(model, recipe.model, recipe.seed)
-        self.model = model.to(self.device)
-        self.optimizers = build_optimizers(self.model, recipe.optimizer)
-        self.eos_id = dataset.tokenizer.eos_id if recipe.train.mask_documents else None
-        decoder = self.model.model
-        self.decoder: Callable[..., torch.Tensor] = torch.compile(decoder) if recipe.train.compile else decoder
-        self.tokens_per_step = recipe.train.batch_size * (dataset.sequence_length - 1)
+        self.stepper = Stepper(recipe, dataset)
+        self.watch = Watch(recipe.faults)
 
     def execute(self) -> Path:
         """Train from where the run stands to its last step."""
@@ -126,10 +116,15 @@ class _Run:
             self.reporter.on_note(f"{path}: all {steps} steps are done")
             return path
         self.reporter.on_start(done, steps)
-        with open(self.run / METRICS_FILE, "a", encoding="utf-8") as self.metrics, _stop_flag(self.reporter) as stop:
-            for step in range(done, steps):
-                self._record(self._train_step(step))
-                done = step + 1
+        with self._records(), _stop_flag(self.reporter) as stop:
+            if path is not None:
+                self._chain_checkpoint(path)  # cut off with what came after it was saved
+            while done < steps:
+                said = self._take_step(done)
+                done += 1
+                if self.watch.must_roll_back:
+                    done = self._roll_back(done, said)
+                    continue
                 last = done == steps
                 if recipe.train.validate_every and (last or done % recipe.train.validate_every == 0):
                     self._validate(done)
@@ -140,13 +135,32 @@ class _Run:
         assert path is not None
         return path
 
+    @contextmanager
+    def _records(self) -> Iterator[None]:
+        """Keep metrics.jsonl and the ledger open for appending."""
+        self.ledger = Chain(self.run / LEDGER_FILE)
+        try:
+            if self.ledger.head == CHAIN_START:
+                self.ledger.append(
+                    {
+                        "kind": "run",
+                        "recipe": sha256_json(defining(self.recipe)),
+                        "data": self.dataset.digest,
+                        "root": self.dataset.root.hex(),
+                    }
+                )
+            with open(self.run / METRICS_FILE, "a", encoding="utf-8") as self.metrics:
+                yield
+        finally:
+            self.ledger.close()
+
     def _resume(self) -> tuple[Path | None, int]:
         for leftover in remove_leftovers(self.checkpoints):
             self.reporter.on_note(f"{leftover}: an interrupted save, removed")
         path, damaged = newest_whole_checkpoint(self.checkpoints)
         for line in damaged:
             self.reporter.on_note(f"{line}; using an older checkpoint")
-        metrics = self.run / METRICS_FILE
+        metrics, ledger = self.run / METRICS_FILE, self.run / LEDGER_FILE
         if path is None:
             if _recorded_steps(metrics) > self.recipe.train.checkpoint_every:
                 raise UsageError(
@@ -154,71 +168,95 @@ class _Run:
                     f"restore them, or remove {self.run} to start anew"
                 )
             metrics.unlink(missing_ok=True)
+            ledger.unlink(missing_ok=True)
             return None, 0
         state = read_state(path)
-        if state["precision"] != self.precision:
+        if state["precision"] != self.stepper.precision:
             raise UsageError(
-                f"{path}: was computed in {state['precision']}, this machine would go on in {self.precision}; "
+                f"{path}: was computed in {state['precision']}, this machine would go on in {self.stepper.precision}; "
                 f"set train.precision to {state['precision']}"
             )
-        load_checkpoint(path, self.model, self.optimizers)
-        if not metrics.is_file() or metrics.stat().st_size < state["metrics_bytes"]:
-            raise CorruptDataError(f"{metrics}: shorter than when {path.name} was saved; restore it from a copy")
-        os.truncate(metrics, state["metrics_bytes"])
+        for file in (metrics, ledger):
+            if not file.is_file() or file.stat().st_size < state["bytes"][file.name]:
+                raise CorruptDataError(f"{file}: shorter than when {path.name} was saved; restore it from a copy")
+        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        self.watch.load(state["faults"])
+        for file in (metrics, ledger):
+            os.truncate(file, state["bytes"][file.name])
         self.reporter.on_note(f"resuming after step {state['step']} from {path}")
         return path, state["step"]
 
-    def _train_step(self, step: int) -> dict[str, Any]:
-        """Take optimizer step ``step`` (from 0) and return its record."""
-        recipe, started = self.recipe, time.perf_counter()
-        rate = learning_rate(recipe.optimizer, step, recipe.train.steps)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        by_source = torch.zeros(len(self.dataset.source_names), dtype=torch.float64, device=self.device)
-        sequences = torch.zeros_like(by_source)
-        for part in partition(recipe.train.batch_size, recipe.train.micro_batch_size):
-            batch = self.dataset.batch(recipe.seed, step, recipe.train.batch_size, part)
-            ids = torch.from_numpy(batch.ids).to(self.device)
-            sources = torch.from_numpy(batch.sources).to(self.device)
-            with self.autocast():
-                hidden_btc = self.decoder(ids[:, :-1], document_ids=document_ids(ids[:, :-1], self.eos_id))
-                total, losses_bt = linear_cross_entropy(
-                    hidden_btc, self.model.lm_head.weight, ids[:, 1:], recipe.train.z_loss
-                )
-            torch.autograd.backward(total / self.tokens_per_step)
-            by_source.index_add_(0, sources, losses_bt.double().sum(1))
-            sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
-        limit = recipe.optimizer.clip_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        loss = float(by_source.sum()) / self.tokens_per_step
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.learning_rate and start a new run, "
-                f"or look at this step's data: mobillama data show {self.run} --step {step + 1}"
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens_of_source = (sequences * (self.dataset.sequence_length - 1)).tolist()
-        means = zip(self.dataset.source_names, by_source.tolist(), tokens_of_source, strict=True)
-        return {
-            "kind": "step",
-            "step": step + 1,
-            "loss": loss,
-            "loss_by_source": {name: nats / tokens for name, nats, tokens in means if tokens},
+    def _take_step(self, step: int) -> str:
+        """Take optimizer step ``step`` (from 0), unless it is bad or to be passed over, and record it.
+
+        Returns:
+            What was wrong with it, or ``""``.
+        """
+        train, started, rate = self.recipe.train, time.perf_counter(), self.stepper.rate(step)
+        first = step * train.batch_size
+        entry: dict[str, Any] = {"kind": "step", "step": step + 1, "positions": [first, first + train.batch_size]}
+        record: dict[str, Any] = {"kind": "step", "step": step + 1}
+        tokens = {"tokens": (step + 1) * self.stepper.tokens}
+        if step < self.watch.passed_over:
+            self.ledger.append({**entry, "fault": "passed over"})
+            self._record({**record, "fault": "passed over", **tokens})
+            return ""
+        numbers = self.stepper.gradient(step)
+        fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
+        if fault:
+            self.stepper.discard()
+        else:
+            self.stepper.update(rate)
+        computed = {
+            "loss": _finite(numbers.loss),
+            "loss_by_source": {name: _finite(loss) for name, loss in numbers.loss_by_source.items()},
             "learning_rate": rate,
-            "gradient_norm": norm,
-            "tokens": (step + 1) * self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_step / (time.perf_counter() - started),
+            "gradient_norm": _finite(numbers.gradient_norm),
+            **({"fault": fault} if fault else {}),
         }
+        self.ledger.append({**entry, **computed})
+        speed = self.stepper.tokens / (time.perf_counter() - started)
+        self._record({**record, **computed, **tokens, "tokens_per_second": speed})
+        said = f"loss {numbers.loss:.4g}, gradient norm {numbers.gradient_norm:.4g}" if fault else ""
+        if fault:
+            self.reporter.on_note(f"step {step + 1}: {fault} ({said}), skipped")
+        return said
+
+    def _roll_back(self, done: int, said: str) -> int:
+        """Go back to the newest checkpoint, from where the steps up to ``done`` are passed over; return its step.
+
+        ``said`` is what was wrong with the last of them.
+
+        Raises:
+            DivergedError: the policy allows no rollback, or no further one.
+        """
+        path, _ = newest_whole_checkpoint(self.checkpoints)
+        if self.watch.rollbacks >= self.recipe.faults.max_rollbacks or path is None:
+            raise DivergedError(
+                f"step {done}: {said}, and faults allows no more; lower optimizer.learning_rate and start a new run, set "
+                "faults.max_skips or faults.max_rollbacks, or look at this step's data: mobillama data show "
+                f"{self.run} --step {done}"
+            )
+        state = read_state(path)
+        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        rollbacks = self.watch.rollbacks
+        self.watch.load({**state["faults"], "rollbacks": rollbacks})
+        self.watch.roll_back(done)
+        entry = {"kind": "rollback", "step": done, "to": state["step"]}
+        self.ledger.append(entry)
+        self._record(entry)
+        self.reporter.on_note(f"step {done}: rolled back to {path}; the data up to here are passed over")
+        return int(state["step"])
 
     def _validate(self, step: int) -> None:
         micro, limit = self.recipe.train.micro_batch_size, self.recipe.train.validate_sequences
-        losses = validate(self.model, self.dataset, self.device, self.autocast, micro, limit, eos_id=self.eos_id)
+        at = self.stepper
+        losses = validate(at.model, self.dataset, at.device, at.autocast, micro, limit, eos_id=at.eos_id)
         if losses:
             record = {"kind": "validation", "step": step, "loss": combined(losses).loss}
             record["bits_per_byte"] = combined(losses).bits_per_byte
             record["bits_per_byte_by_source"] = {name: loss.bits_per_byte for name, loss in losses.items()}
+            self.ledger.append(record)
             self._record(record)
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -228,19 +266,32 @@ class _Run:
 
     def _save(self, step: int) -> Path:
         os.fsync(self.metrics.fileno())
+        lengths = {METRICS_FILE: os.fstat(self.metrics.fileno()).st_size, LEDGER_FILE: self.ledger.sync()}
         state = {
             "data": self.dataset.digest,
             "recipe": resolved(self.recipe),
-            "precision": self.precision,
-            "tokens": step * self.tokens_per_step,
-            "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
+            "precision": self.stepper.precision,
+            "tokens": step * self.stepper.tokens,
+            "bytes": lengths,
+            "ledger": self.ledger.head,
+            "faults": self.watch.state(),
             "environment": self.environment,
         }
-        path = save_checkpoint(
-            self.checkpoints, step, self.recipe.model, self.model, self.optimizers, self.dataset.tokenizer, state
-        )
+        model, optimizers, tokenizer = self.stepper.model, self.stepper.optimizers, self.dataset.tokenizer
+        path = save_checkpoint(self.checkpoints, step, self.recipe.model, model, optimizers, tokenizer, state)
+        self._chain_checkpoint(path)
         keep_newest(self.checkpoints, step, self.recipe.train.keep_checkpoints)
         return path
+
+    def _chain_checkpoint(self, path: Path) -> None:
+        manifest = read_json(path / MANIFEST_NAME)
+        digests = {name: fact["sha256"] for name, fact in manifest["files"].items() if name.endswith(".safetensors")}
+        self.ledger.append({"kind": "checkpoint", "step": manifest["step"], "sha256": digests})
+
+
+def defining(recipe: PretrainRecipe) -> dict[str, Any]:
+    """Return the settings of a recipe that decide what a run computes, by dotted key."""
+    return {key: value for key, value in flatten(resolved(recipe)).items() if key not in RESUMABLE_CHANGES}
 
 
 def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
@@ -265,7 +316,7 @@ def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str,
     if stated.is_file() and _recorded_steps(run / METRICS_FILE):
         before, now = flatten(read_mapping(stated)), flatten(resolved(recipe))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and key not in RESUMABLE_CHANGES | {"data", "run"}:
+            if before.get(key) != now.get(key) and key not in RESUMABLE_CHANGES:
                 raise UsageError(
                     f"{stated}: this run has {key} = {before.get(key)}, the recipe says {now.get(key)}; "
                     "use another run directory or the run's own recipe"
@@ -291,6 +342,10 @@ def _recorded_steps(metrics: Path) -> int:
         return int(json.loads(lines[-1])["step"]) if lines else 0
     except (ValueError, KeyError, TypeError):
         raise CorruptDataError(f"{metrics}: its last line is no record of a step; restore it from a copy") from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no others
 
 
 @dataclass

@@ -292,7 +292,14 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     compile: bool = False
-    """Compile the model with torch.compile: slow to start, faster steps."""
+    """Compile the model's layers with torch.compile: slower to start, faster steps."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Keep less for the backward pass and compute it again. selective: all but products and attention, little slower
+    when compiled; full: whole layers, a quarter slower, for the least memory."""
+    float8: bool = False
+    """Multiply the layers' matrices in float8 (CUDA from Ada or Hopper on; needs torchao; best compiled)."""
+    deterministic: bool = False
+    """Make GPU steps repeatable to the bit, flash attention's backward pass too; slower."""
     checkpoint_every: int = 2134
     """Steps between checkpoints; the last step always writes one. The default is about one of Amber's 360 chunks."""
     keep_checkpoints: int = 0
@@ -341,6 +348,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.micro_batch_size",
         "train.device",
         "train.compile",
+        "train.activation_checkpointing",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.validate_every",

@@ -255,6 +255,8 @@ def test_model_and_data_that_do_not_fit_are_refused(recipe_file):
         pretrain(recipe_of(recipe_file, "--model.vocab_size", "600"), Silent())
     with pytest.raises(UsageError, match=r"model\.max_position_embeddings: 63 is shorter than the 64"):
         pretrain(recipe_of(recipe_file, "--model.max_position_embeddings", "63"), Silent())
+    with pytest.raises(UsageError, match=r"train\.float8: CPU, \d+ threads multiplies no float8"):
+        pretrain(recipe_of(recipe_file, "--train.float8", "true", "--train.device", "cpu"), Silent())
     with pytest.raises(UsageError, match="unknown device 'tpu9'"):
         pretrain(recipe_of(recipe_file, "--train.device", "tpu9"), Silent())
 

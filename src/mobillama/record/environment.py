@@ -12,6 +12,7 @@ from typing import Any
 
 import mobillama
 
+_RESULTS = (":!benchmarks/results", ":!docs/experiments")  # what a measurement writes changes nothing it measures
 _PACKAGES = ("torch", "transformers", "numpy", "sentencepiece", "tokenizers", "datatrove")
 
 
@@ -44,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, with ``+`` where files differ from it.
+    """Return the checkout's commit, with ``+`` where files other than recorded results differ from it.
 
     A copy without its history, in a container say, states its commit in MOBILLAMA_COMMIT; else it is None.
     """
@@ -55,7 +56,7 @@ def _commit() -> str | None:
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", ".", *_RESULTS])
         )
     except (OSError, subprocess.CalledProcessError):
         return stated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
 
@@ -50,6 +51,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def make_deterministic() -> None:
+    """Let every operation compute the same bits again; an operation that cannot raises an error.
+
+    cuBLAS reads its workspace's size when it is first used, so this comes before any product on the GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Tell whether a device multiplies float8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def describe_device(device: torch.device) -> str:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from mobillama.data.dataset import Dataset, partition
+from mobillama.errors import UsageError
 from mobillama.model.loss import linear_cross_entropy
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import PretrainRecipe
-from mobillama.train.device import autocast_to, choose_device, choose_precision, keep_freed_memory
+from mobillama.train.device import (
+    autocast_to,
+    choose_device,
+    choose_precision,
+    describe_device,
+    has_float8,
+    keep_freed_memory,
+    make_deterministic,
+)
 from mobillama.train.optimizer import build_optimizers, learning_rate
+from mobillama.train.speed import checkpoint_activations, compile_layers, use_float8
 from mobillama.train.validation import document_ids
 
 
@@ -37,6 +46,10 @@ class Stepper:
     def __init__(self, recipe: PretrainRecipe, dataset: Dataset) -> None:
         self.recipe, self.dataset = recipe, dataset
         self.device = choose_device(recipe.train.device)
+        if recipe.train.deterministic:
+            make_deterministic()
+        if recipe.train.float8 and not has_float8(self.device):
+            raise UsageError(f"train.float8: {describe_device(self.device)} multiplies no float8; set it to false")
         self.precision = choose_precision(recipe.train.precision, self.device)
         self.autocast = autocast_to(self.precision, self.device)
         if self.device.type == "cpu":
@@ -47,8 +60,11 @@ class Stepper:
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.eos_id = dataset.tokenizer.eos_id if recipe.train.mask_documents else None
         self.tokens = recipe.train.batch_size * (dataset.sequence_length - 1)
-        decoder = self.model.model
-        self._decoder: Callable[..., torch.Tensor] = torch.compile(decoder) if recipe.train.compile else decoder
+        if recipe.train.float8:
+            use_float8(self.model)
+        checkpoint_activations(self.model.model, recipe.train.activation_checkpointing)
+        if recipe.train.compile:
+            compile_layers(self.model.model)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step ``step`` (from 0)."""
@@ -65,7 +81,7 @@ class Stepper:
             sources = torch.from_numpy(batch.sources).to(self.device)
             inputs, targets = ids[:, :-1], ids[:, 1:]
             with self.autocast():
-                hidden_btc = self._decoder(inputs, document_ids=document_ids(inputs, self.eos_id))
+                hidden_btc = self.model.model(inputs, document_ids=document_ids(inputs, self.eos_id))
                 head = self.model.lm_head.weight
                 total, losses_bt = linear_cross_entropy(hidden_btc, head, targets, train.z_loss)
             torch.autograd.backward(total / self.tokens)

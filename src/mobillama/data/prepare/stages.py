@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,8 @@ class Execution:
             raise UsageError("--slurm-partition: has no effect without --executor slurm")
         if self.executor == "slurm" and not self.slurm_partition:
             raise UsageError("--slurm-partition: name the Slurm partition to run on ('sinfo' lists them)")
+        if self.executor == "ray" and find_spec("ray") is None:
+            raise UsageError("--executor ray: Ray is not installed; pip install 'mobillama[ray]'")
         if self.executor == "slurm" and shutil.which("sbatch") is None:
             raise UsageError("--executor slurm: there is no 'sbatch' here; run this on a node that submits jobs")
 

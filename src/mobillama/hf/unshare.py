@@ -26,8 +26,17 @@ def unshare(weights: dict[str, Tensor], config: ModelConfig) -> PreTrainedModel:
 
     With QK-norm it is stock ``Qwen3ForCausalLM``, a Llama that has it too.
     """
+    dtype = weights["lm_head.weight"].dtype
+    twin = AutoModelForCausalLM.from_config(stock_config(config), dtype=dtype)
+    with torch.no_grad():
+        twin.load_state_dict(unshare_weights(weights, config))
+    return twin.eval()
+
+
+def stock_config(config: ModelConfig) -> Any:
+    """Return the config of the stock model that computes the same, layer by layer, with nothing shared."""
     settings: Any = Qwen3Config if config.qk_norm else LlamaConfig
-    stock = settings(
+    return settings(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -42,8 +51,3 @@ def unshare(weights: dict[str, Tensor], config: ModelConfig) -> PreTrainedModel:
         attention_bias=False,
         mlp_bias=False,
     )
-    dtype = weights["lm_head.weight"].dtype
-    twin = AutoModelForCausalLM.from_config(stock, dtype=dtype)
-    with torch.no_grad():
-        twin.load_state_dict(unshare_weights(weights, config))
-    return twin.eval()

@@ -56,7 +56,10 @@ def _commit() -> str | None:
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", ".", *_RESULTS])
+            for words in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", *_RESULTS],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return stated

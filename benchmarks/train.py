@@ -200,8 +200,9 @@ def show(title: str, result: dict[str, Any]) -> None:
         if "error" in facts:
             rows.append((name, "failed", *facts["error"], "", ""))
             continue
-        on_gpu = (f"{facts['mfu_causal']:.1%}", f"{facts['mfu_full']:.1%}", f"{facts['peak_gib']:.1f}")
-        rows.append((name, f"{facts['tokens_per_second']:,.0f}", *(on_gpu if facts["peak_gib"] else ("", "", ""))))
+        shown = zip(("mfu_causal", "mfu_full", "peak_gib"), ("{:.1%}", "{:.1%}", "{:.1f}"), strict=True)
+        on_gpu = ["" if facts[key] is None else form.format(facts[key]) for key, form in shown]
+        rows.append((name, f"{facts['tokens_per_second']:,.0f}", *on_gpu))
     table(title, ["contender", "tokens/s", "MFU, causal", "MFU, full", "peak GiB"], rows)
     table("ratios", ["of tokens/s", ""], [(name, f"{ratio:.3f} ×") for name, ratio in result["ratios"].items()])
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 # Small models on one thread each: tests may run side by side, and threads that wait for each other are slow.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Triton's kernels are tested without a GPU too: its interpreter computes them with numpy.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+import torch
+
+# Triton's kernels are tested without a GPU too: its interpreter computes them with numpy.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from mobillama.data.documents import Piece, Reading, read_piece, read_texts
 from mobillama.data.prepare.pipeline import prepare

@@ -66,6 +66,31 @@ def test_every_stream_of_an_xz_file_is_read_or_an_error(tmp_path):
             list(read_piece(write(tmp_path, "b.jsonl.xz", first + rest), Reading()))
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_an_archive_of_no_bytes_is_damaged(tmp_path, suffix):
+    with pytest.raises(CorruptDataError, match="an archive of 0 bytes"):
+        list(read_piece(write(tmp_path, f"a.jsonl{suffix}", b""), Reading()))
+
+
+def test_links_to_nothing_and_impossible_patterns_are_told(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UsageError, match=r"sources.s.files: '/abs/\*' is no pattern below"):
+        source_files(SourceConfig(str(tmp_path), files="/abs/*"), "s")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"b.jsonl is a link to nothing"):
+        source_files(SourceConfig(str(tmp_path)), "s")
+
+
+def test_a_piece_within_a_long_line_reads_it_in_blocks(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * (64 << 20) + b'"}\n' + lines(["after"]))
+    tracemalloc.start()
+    (document,) = read_piece(Piece(str(path), 0, 1000, path.stat().st_size), Reading())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert document.text == "after" and peak < 16 << 20
+
+
 def test_only_utf_8_is_read(tmp_path):
     content = "".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(5)).encode("utf-16")
     documents = list(read_piece(write(tmp_path, "a.jsonl", content), Reading(skip_bad=True)))

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import shutil
 from pathlib import Path
 
@@ -301,6 +302,30 @@ def test_somebody_elses_directory_is_left_alone(prepare_recipe, tmp_path):
     with pytest.raises(UsageError, match=r"out.partial: is needed to work in, but holds something else"):
         prepare(prepare_recipe, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_stages_whose_inputs_nothing_names_are_not_used(prepare_recipe, data, tmp_path):
+    """What is left when a kill interrupts the removal of a working directory."""
+    work = tmp_path / "out.partial"
+    other = dataclasses.replace(prepare_recipe, sources=dict([next(iter(prepare_recipe.sources.items()))]))
+    with pytest.raises(KeyboardInterrupt):
+
+        def stop(stage: str, done: float, total: float) -> None:
+            if stage.startswith("sort") and done == total:
+                raise KeyboardInterrupt
+
+        prepare(other, tmp_path / "out", stop)
+    (work / "inputs.json").unlink()
+    assert prepare(prepare_recipe, tmp_path / "out") == Dataset(data).manifest
+
+
+def test_a_file_of_1970_is_hashed_like_any_other(prepare_recipe, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {n} of some words"}) + "\n" for n in range(200)))
+    os.utime(text, ns=(0, 0))
+    recipe = dataclasses.replace(prepare_recipe, sources={"s": SourceConfig(str(text))}, chunks=1)
+    (file,) = prepare(recipe, tmp_path / "out")["inputs"]["sources"][0]["files"]
+    assert file["bytes"] == text.stat().st_size and len(file["sha256"]) == 64
 
 
 def test_a_raw_file_that_changes_while_it_is_read_is_noticed(tmp_path, prepare_recipe):

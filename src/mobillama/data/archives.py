@@ -27,6 +27,8 @@ ARCHIVE_ERRORS = (ArchiveError, EOFError, gzip.BadGzipFile, zlib.error)
 
 def open_lines(path: Path) -> Any:
     """Open a file of lines as binary lines; what is wrong with an archive raises one of :data:`ARCHIVE_ERRORS`."""
+    if path.suffix in COMPRESSED and not path.stat().st_size:
+        raise ArchiveError("an archive of 0 bytes")
     if path.suffix == ".xz":
         return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, lzma.LZMAError, padding=b"\0"), BLOCK_BYTES)
     if path.suffix == ".gz":

@@ -88,7 +88,14 @@ def source_files(source: SourceConfig, name: str) -> list[Path]:
     elif not path.is_dir():
         raise UsageError(f"{key}: {path} does not exist")
     else:
-        files = sorted(file for file in path.glob(source.files or "**/*") if _is_of(source, file))
+        try:
+            found = list(path.glob(source.files or "**/*"))
+        except (ValueError, NotImplementedError) as error:
+            raise UsageError(f"sources.{name}.files: '{source.files}' is no pattern below {path} ({error})") from None
+        files = sorted(file for file in found if _is_of(source, file))
+        lost = sorted(file for file in found if file.is_symlink() and not file.exists())
+        if lost:
+            raise UsageError(f"{key}: {lost[0]} is a link to nothing; mend or remove it")
     if not files:
         wanted = source.files or f"*{' *'.join(suffixes)}"
         raise UsageError(f"{key}: {path} holds no file {wanted}; name others with 'files: \"**/*.py\"'")
@@ -180,7 +187,7 @@ def _read_json_lines(path: Path, piece: Piece, reading: Reading) -> Iterator[Doc
     with open_lines(path) as lines:
         if piece.start:  # a line belongs to the piece that holds its first byte
             lines.seek(piece.start - 1)
-            lines.readline()
+            _skip_line(lines)
         yield from _parse_lines(lines, piece, reading)
 
 

@@ -92,7 +92,7 @@ def prepare(
         if out.exists():
             inputs = describe_inputs(recipe, tokenizer, files, None, execution.local_workers, progress)
             manifest = _existing(out, inputs)
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
             return manifest
         work.mkdir(parents=True, exist_ok=True)
         if not (work / STARTED_NAME).exists():
@@ -102,7 +102,7 @@ def prepare(
                 return _Preparation(recipe, out, work, tokenizer, files, execution, progress).run()
             except MobiLlamaError:
                 if _is_cheap(work):
-                    shutil.rmtree(work, ignore_errors=True)
+                    _remove(work)
                 raise
     except OSError as error:
         where = error.filename or out
@@ -115,6 +115,23 @@ def _check_own(work: Path) -> None:
     """Refuse a directory of somebody else's that has the name of the working directory."""
     if work.exists() and not (work / STARTED_NAME).exists() and (not work.is_dir() or any(work.iterdir())):
         raise UsageError(f"{work}: is needed to work in, but holds something else; move it or choose another --out")
+
+
+def _remove(work: Path) -> None:
+    """Remove a working directory so that a kill at any moment leaves it ours, and its stages never without their inputs."""
+    if work.exists():
+        _remove_stages(work)
+        for name in ("inputs.json", "hashes.json", STARTED_NAME):
+            (work / name).unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_stages(work: Path) -> None:
+    """Remove what the stages left, their marks first, so that nothing half removed counts as done."""
+    for path in [work / "stages", *(path for path in work.iterdir() if path.is_dir())]:
+        if path.exists():
+            shutil.rmtree(path)
+    (work / "dropped.npy").unlink(missing_ok=True)
 
 
 def _is_cheap(work: Path) -> bool:
@@ -210,10 +227,11 @@ class _Preparation:
         planned = self.work / "inputs.json"
         if planned.is_file():
             self._take_over(read_json(planned), inputs)
+        else:
+            _remove_stages(self.work)  # nothing says what they were made from
         for name in ("read", "documents", "runs", "targets", "result/documents", "result/train", "result/holdout"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
-        if not planned.is_file():
-            write_json(planned, inputs)
+        write_json(planned, inputs)
         return inputs
 
     def _take_over(self, before: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -224,18 +242,15 @@ class _Preparation:
         read_otherwise = _difference(_of_reading(before), _of_reading(inputs))
         if not read_otherwise and not (self.work / "stages" / SORT_STAGE / "done").exists():
             for name in (f"stages/{SORT_STAGE}", "runs", "result"):
-                shutil.rmtree(self.work / name, ignore_errors=True)
+                if (self.work / name).exists():
+                    shutil.rmtree(self.work / name)
         elif _is_cheap(self.work):
-            for path in self.work.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-            (self.work / "dropped.npy").unlink(missing_ok=True)
+            _remove_stages(self.work)
         else:
             raise UsageError(
                 f"{self.work}: holds an unfinished preparation with another '{read_otherwise or different}'; "
                 "remove it to start anew, or choose another --out"
             )
-        (self.work / "inputs.json").unlink()
 
     def _timed(self, name: str, action: Any) -> Any:
         started = time.perf_counter()
@@ -400,7 +415,7 @@ class _Preparation:
         fsync_tree(self.result)
         os.rename(self.result, self.out)
         fsync_directory(self.out.absolute().parent)
-        shutil.rmtree(self.work, ignore_errors=True)
+        _remove(self.work)
         return manifest
 
 

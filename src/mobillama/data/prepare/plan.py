@@ -32,12 +32,12 @@ class ReadTask:
 
 @dataclass(frozen=True)
 class Input:
-    """A raw file (or a hub data set's shard): where it is, its name within the source, size and time."""
+    """A raw file (or a hub data set's shard): where it is, its name within the source, size and time (None: a shard)."""
 
     path: str
     name: str
     bytes: int
-    time: int
+    time: int | None
 
 
 def find_inputs(recipe: PrepareRecipe) -> list[list[Input]]:
@@ -53,7 +53,7 @@ def _inputs_of(source: SourceConfig, name: str) -> list[Input]:
     if source.format == "huggingface":
         # A shard's path is what opens it; its bytes are unknown before it is read.
         path = json.dumps([source.path, source.subset, source.split, source.revision])
-        return [Input(path, f"shard {i}", 0, 0) for i in range(hub_dataset(source).num_shards)]
+        return [Input(path, f"shard {i}", 0, None) for i in range(hub_dataset(source).num_shards)]
     root = Path(source.path)
     inputs = []
     for file in source_files(source, name):
@@ -90,7 +90,9 @@ def describe_inputs(
         elif Path(source.path).is_dir():
             settings["sha256"] = _directory_digest(Path(source.path))
         described: list[dict[str, Any]] = [
-            {"name": file.name, "bytes": file.bytes, "sha256": digests[file.path]} if file.time else {"name": file.name}
+            {"name": file.name, "bytes": file.bytes, "sha256": digests[file.path]}
+            if file.time is not None
+            else {"name": file.name}
             for file in files
         ]
         sources.append({"name": name, **settings, "files": described})
@@ -120,12 +122,12 @@ def _digests(files: list[Input], cache: Path | None, workers: int, progress: Pro
         return file, sha256 if (size, time) == (file.bytes, file.time) else sha256_file(Path(file.path))
 
     with ThreadPoolExecutor(workers) as pool:
-        for file, sha256 in pool.map(digest, [file for file in files if file.time]):
+        for file, sha256 in pool.map(digest, [file for file in files if file.time is not None]):
             digests[file.path] = sha256
             done += file.bytes
             progress("hash raw files", done, total)
     if cache:
-        write_json(cache, {f.path: [f.bytes, f.time, digests[f.path]] for f in files if f.time})
+        write_json(cache, {f.path: [f.bytes, f.time, digests[f.path]] for f in files if f.time is not None})
     return digests
 
 
@@ -140,7 +142,7 @@ def check_unchanged(inputs: list[list[Input]]) -> None:
     Raises:
         UsageError: one did; the message names it.
     """
-    for file in (file for files in inputs for file in files if file.time):
+    for file in (file for files in inputs for file in files if file.time is not None):
         state = Path(file.path).stat() if Path(file.path).exists() else None
         if state is None or (state.st_size, state.st_mtime_ns) != (file.bytes, file.time):
             raise UsageError(f"{file.path}: changed while it was read; leave it alone and run this again")

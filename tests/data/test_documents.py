@@ -3,8 +3,13 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import random
+import tempfile
 import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
 import pyarrow
 import pyarrow.parquet
@@ -148,13 +153,13 @@ def test_a_directory_of_source_code_is_a_document_a_file(tmp_path):
 
 def test_a_hub_data_set_is_streamed_shard_by_shard(tmp_path):
     """A local directory goes the way that a hub's name goes: load_dataset, streaming, shards."""
-    from mobillama.data.documents import hub_dataset
+    from mobillama.data.documents import hub_address, hub_dataset
 
     for number in range(3):
         (tmp_path / f"part-{number}.jsonl").write_bytes(lines([f"{number}a", f"{number}b"]))
     source = SourceConfig(str(tmp_path), "huggingface")
     shards = hub_dataset(source).num_shards
-    path = json.dumps([source.path, "", "train", ""])
+    path = hub_address(source, shards)
     texts = [d.text for i in range(shards) for d in read_piece(Piece(path, i), Reading("huggingface"))]
     assert texts == ["0a", "0b", "1a", "1b", "2a", "2b"]
     (tmp_path / "part-2.jsonl").write_bytes(lines(["2a"]) + b"{")
@@ -162,6 +167,60 @@ def test_a_hub_data_set_is_streamed_shard_by_shard(tmp_path):
         list(read_piece(Piece(path, 2), Reading("huggingface")))
     with pytest.raises(UsageError, match="cannot be opened as a data set"):
         hub_dataset(SourceConfig(str(tmp_path / "absent"), "huggingface"))
+    (tmp_path / "part-3.jsonl").write_bytes(lines(["3a"]))
+    with pytest.raises(CorruptDataError, match="has 4 shards where there were 3"):
+        list(read_piece(Piece(path, 0), Reading("huggingface")))
+
+
+def test_a_hub_sources_revision_is_pinned_to_a_commit(tmp_path, monkeypatch):
+    """Asked of a hub on this machine: the library's own client, over HTTP."""
+    from mobillama.data.documents import hub_commit
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/api/datasets/owner/name/revision/main"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"id": "owner/name", "sha": commit} if found else {"error": "no"}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        assert hub_commit(SourceConfig("owner/name", "huggingface", revision="main")) == commit
+        with pytest.raises(UsageError, match="owner/other: its commit cannot be found"):
+            hub_commit(SourceConfig("owner/other", "huggingface", revision="main"))
+        hub.shutdown()
+    assert hub_commit(SourceConfig("owner/name", "huggingface", revision=commit)) == commit
+    assert hub_commit(SourceConfig(str(tmp_path), "huggingface", revision="own")) == "own"
+
+
+def test_a_directory_that_cannot_be_read_is_an_error():
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # pytest's own is closed to others than root
+        Path(directory).chmod(0o755)
+        (Path(directory) / "a.jsonl").write_bytes(lines(["a"]))
+        (Path(directory) / "closed").mkdir(mode=0)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UsageError, match=r"sources.s.path: .*closed: Permission denied; make it readable"):
+                source_files(SourceConfig(directory), "s")
+        finally:
+            os.seteuid(user)
+
+
+def test_a_line_too_long_to_be_split_is_a_bad_document(tmp_path):
+    (tmp_path / "long.jsonl").write_bytes(lines(["a"]) + lines(["b" * (8 << 20)]) + lines(["c"]))
+    piece = Piece(str(tmp_path / "long.jsonl"), 0)
+    with pytest.raises(CorruptDataError, match=r"long.jsonl:2: longer than \d+ bytes, too long to be split"):
+        list(read_piece(piece, Reading(max_bytes=1024, split_long=True)))
+    kept = list(read_piece(piece, Reading(max_bytes=1024, split_long=True, skip_bad=True)))
+    assert [(document.fault, document.line) for document in kept] == [("", 1), ("line_too_long", 2), ("", 3)]
 
 
 BAD = {

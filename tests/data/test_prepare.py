@@ -344,6 +344,25 @@ def test_a_raw_file_that_changes_while_it_is_read_is_noticed(tmp_path, prepare_r
     assert prepare(recipe, tmp_path / "out")["sources"][0]["documents"] == 201
 
 
+@pytest.mark.parametrize("what", ["tokenizer", "hub"])
+def test_a_tokenizer_or_a_hub_directory_that_changes_while_it_is_read_is_noticed(tmp_path, prepare_recipe, what):
+    tokenizer = Path(shutil.copy(prepare_recipe.tokenizer, tmp_path))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"some {n} words"}) + "\n" for n in range(99))
+    )
+    changed = {"tokenizer": tokenizer, "hub": tmp_path / "hub" / "rows.jsonl"}[what]
+
+    def change(stage: str, done: float, total: float) -> None:
+        if stage.startswith("read") and done == total:
+            changed.write_bytes(changed.read_bytes() + b"\n")
+
+    sources = {"s": SourceConfig(str(tmp_path / "hub"), "huggingface")}
+    recipe = dataclasses.replace(prepare_recipe, sources=sources, tokenizer=str(tokenizer), chunks=1)
+    with pytest.raises(UsageError, match=rf"{'hub' if what == 'hub' else tokenizer.name}: changed while it was read"):
+        prepare(recipe, tmp_path / "out", change)
+
+
 def test_ready_sequences_are_a_source_like_others(data, prepare_recipe, tmp_path):
     dataset = Dataset(data)
     batch = dataset.batch(7, 0, 60)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +90,7 @@ def source_files(source: SourceConfig, name: str) -> list[Path]:
     elif not path.is_dir():
         raise UsageError(f"{key}: {path} does not exist")
     else:
-        try:
-            found = list(path.glob(source.files or "**/*"))
-        except (ValueError, NotImplementedError) as error:
-            raise UsageError(f"sources.{name}.files: '{source.files}' is no pattern below {path} ({error})") from None
+        found = _found_below(path, source, name)
         files = sorted(file for file in found if _is_of(source, file))
         lost = sorted(file for file in found if file.is_symlink() and not file.exists())
         if lost:
@@ -102,6 +101,23 @@ def source_files(source: SourceConfig, name: str) -> list[Path]:
     if source.format == "text" and any(file.name.endswith(COMPRESSED) for file in files):
         raise UsageError(f"{key}: {next(f for f in files if f.name.endswith(COMPRESSED))}: decompress texts first")
     return files
+
+
+def _found_below(path: Path, source: SourceConfig, name: str) -> list[Path]:
+    """Return what stands below a source's directory, or of it what the pattern of the source names."""
+
+    def fail(error: OSError) -> None:
+        said = f"{error.filename}: {error.strerror}; make it readable or take it out of the source's directory"
+        raise UsageError(f"sources.{name}.path: {said}")
+
+    # Path.glob passes over directories that it cannot read.
+    below = [Path(where) / entry for where, *entries in os.walk(path, onerror=fail) for e in entries for entry in e]
+    if not source.files:
+        return below
+    try:
+        return list(path.glob(source.files))
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"sources.{name}.files: '{source.files}' is no pattern below {path} ({error})") from None
 
 
 def _is_of(source: SourceConfig, file: Path) -> bool:
@@ -118,7 +134,7 @@ def passed_over(source: SourceConfig) -> list[Path]:
     path = Path(source.path)
     if source.files or source.format == "huggingface" or not path.is_dir():
         return []
-    found = path.glob("**/*")
+    found = _found_below(path, source, path.name)
     return sorted(f for f in found if (f.is_symlink() and f.is_dir()) or (f.is_file() and not _is_of(source, f)))
 
 
@@ -201,7 +217,11 @@ def _parse_lines(lines: BinaryIO, piece: Piece, reading: Reading) -> Iterator[Do
         number += 1
         if len(line) == limit and not line.endswith(b"\n"):
             _skip_line(lines)
-            yield Document("longer than max_document_bytes", line, piece.file, number, "too_long")
+            if reading.split_long:
+                said = f"longer than {limit} bytes, too long to be split in memory; raise max_document_bytes"
+                yield Document(said, line, piece.file, number, "line_too_long")
+            else:
+                yield Document("longer than max_document_bytes", line, piece.file, number, "too_long")
         elif line.strip():
             yield from _parse_line(line, piece.file, number, reading)
 
@@ -337,6 +357,27 @@ def _cell(text: Any, file: int, number: int, reading: Reading) -> Iterator[Docum
     return iter([Document(said, b"", file, number, "no_text")])
 
 
+def hub_address(source: SourceConfig, shards: int) -> str:
+    """Return the path of a piece of a hub's data set: what opens it, and in how many shards it must come."""
+    return json.dumps([source.path, source.subset, source.split, source.revision, shards])
+
+
+def hub_commit(source: SourceConfig) -> str:
+    """Return the commit that a hub source's revision stands for now; a local directory's revision is its own.
+
+    Raises:
+        UsageError: the data set or revision cannot be found or reached.
+    """
+    from huggingface_hub import HfApi
+
+    if Path(source.path).exists() or re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source.revision
+    try:
+        return str(HfApi().dataset_info(source.path, revision=source.revision or None).sha)
+    except Exception as error:  # the hub's own errors and the network's
+        raise UsageError(f"{source.path}: its commit cannot be found ({' '.join(str(error).split())})") from None
+
+
 def hub_dataset(source: SourceConfig) -> Any:
     """Return the streaming data set of a source with ``format: huggingface``.
 
@@ -353,8 +394,12 @@ def hub_dataset(source: SourceConfig) -> Any:
 
 
 def _read_hub(path: Path, piece: Piece, reading: Reading) -> Iterator[Document]:
-    name, subset, split, revision = json.loads(piece.path)
+    name, subset, split, revision, shards = json.loads(piece.path)
     rows = hub_dataset(SourceConfig(name, "huggingface", subset=subset, split=split, revision=revision))
+    if rows.num_shards != shards:  # then shard n is made of other rows
+        raise CorruptDataError(
+            f"{name}: has {rows.num_shards} shards where there were {shards}; bring it back as it was"
+        )
     number = 0
     try:
         for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=piece.file), 1):

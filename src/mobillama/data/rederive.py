@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.dataset import PREPARATION_NAME, Dataset
-from mobillama.data.documents import Document, Piece, Reading, format_of, read_piece
+from mobillama.data.documents import Document, Piece, Reading, format_of, hub_address, read_piece
 from mobillama.data.order import Permutation
 from mobillama.errors import UsageError, VerificationError
-from mobillama.recipe import CleanConfig
+from mobillama.recipe import CleanConfig, SourceConfig
 from mobillama.record.files import read_json
 
 if TYPE_CHECKING:
@@ -153,8 +152,9 @@ def _raw_file(dataset: Dataset, source: int, name: str, sources: Mapping[str, Pa
         skip_bad=True,  # what is bad now and is wanted is no longer what was prepared
     )
     if settings["format"] == "huggingface":
-        address = [str(sources.get(label, settings["path"])), *(settings[k] for k in ("subset", "split", "revision"))]
-        return _RawFile(json.dumps(address), names.index(name), reading)
+        kept = {key: settings[key] for key in ("format", "subset", "split", "revision")}
+        hub = SourceConfig(str(sources.get(label, settings["path"])), **kept)
+        return _RawFile(hub_address(hub, len(names)), names.index(name), reading)
     place = sources.get(label) or read_json(dataset.path / PREPARATION_NAME).get("paths", {}).get(label, "")
     path = Path(place) / name if Path(place).is_dir() else Path(place)
     if not path.is_file():

@@ -40,6 +40,7 @@ from mobillama.data.prepare.plan import (
     check_unchanged,
     describe_inputs,
     find_inputs,
+    pin_revisions,
     read_tasks,
     readings,
 )
@@ -83,6 +84,7 @@ def prepare(
     """
     execution = execution or Execution(workers=1)
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
+    recipe = pin_revisions(recipe)
     files = find_inputs(recipe)
     work = out.with_name(f"{out.name}.partial")
     try:
@@ -206,7 +208,7 @@ class _Preparation:
         inputs = self._begin()
         tasks = read_tasks(self.recipe, self.files)
         self._read(tasks)
-        check_unchanged(self.files)
+        check_unchanged(self.recipe, self.tokenizer, self.files, inputs)
         facts = load_facts(self.work, len(tasks))
         dropped = self._timed("find duplicates", lambda: self._find_duplicates(tasks, facts))
         sources, verdicts, corpus_root = self._timed("ledger", lambda: self._write_ledger(tasks, facts, dropped))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mobillama.data.archives import COMPRESSED
-from mobillama.data.documents import Piece, Reading, format_of, hub_dataset, source_files
+from mobillama.data.documents import Piece, Reading, format_of, hub_address, hub_commit, hub_dataset, source_files
 from mobillama.data.prepare.stages import Progress
 from mobillama.data.tokenizer import Tokenizer, tokenizer_digest
 from mobillama.errors import UsageError
@@ -40,6 +39,19 @@ class Input:
     time: int | None
 
 
+def pin_revisions(recipe: PrepareRecipe) -> PrepareRecipe:
+    """Return a recipe whose hub sources name commits, so that every task and restart reads the same.
+
+    Raises:
+        UsageError: a data set cannot be found or reached.
+    """
+    sources = {
+        name: replace(source, revision=hub_commit(source)) if source.format == "huggingface" else source
+        for name, source in recipe.sources.items()
+    }
+    return replace(recipe, sources=sources)
+
+
 def find_inputs(recipe: PrepareRecipe) -> list[list[Input]]:
     """Return the raw files of every source, in order.
 
@@ -52,8 +64,8 @@ def find_inputs(recipe: PrepareRecipe) -> list[list[Input]]:
 def _inputs_of(source: SourceConfig, name: str) -> list[Input]:
     if source.format == "huggingface":
         # A shard's path is what opens it; its bytes are unknown before it is read.
-        path = json.dumps([source.path, source.subset, source.split, source.revision])
-        return [Input(path, f"shard {i}", 0, None) for i in range(hub_dataset(source).num_shards)]
+        shards = hub_dataset(source).num_shards
+        return [Input(hub_address(source, shards), f"shard {i}", 0, None) for i in range(shards)]
     root = Path(source.path)
     inputs = []
     for file in source_files(source, name):
@@ -136,16 +148,33 @@ def _directory_digest(directory: Path) -> str:
     return sha256_json({path.relative_to(directory).as_posix(): sha256_file(path) for path in files})
 
 
-def check_unchanged(inputs: list[list[Input]]) -> None:
-    """Check that no raw file changed since :func:`find_inputs`, by size and time.
+def check_unchanged(
+    recipe: PrepareRecipe, tokenizer: Tokenizer, inputs: list[list[Input]], described: dict[str, Any]
+) -> None:
+    """Check that what was read is what was described: raw files by size and time, the rest by content.
+
+    Args:
+        recipe: the preparation.
+        tokenizer: its tokenizer.
+        inputs: from :func:`find_inputs`.
+        described: from :func:`describe_inputs`.
 
     Raises:
-        UsageError: one did; the message names it.
+        UsageError: something changed; the message names it.
     """
-    for file in (file for files in inputs for file in files if file.time is not None):
-        state = Path(file.path).stat() if Path(file.path).exists() else None
-        if state is None or (state.st_size, state.st_mtime_ns) != (file.bytes, file.time):
-            raise UsageError(f"{file.path}: changed while it was read; leave it alone and run this again")
+    changed = [file.path for files in inputs for file in files if file.time is not None and not _is_as_found(file)]
+    for source, settings in zip(recipe.sources.values(), described["sources"], strict=True):
+        if "sha256" in settings and _directory_digest(Path(source.path)) != settings["sha256"]:
+            changed.append(source.path)
+    if not tokenizer.path.is_file() or sha256_file(tokenizer.path) != described["tokenizer_file"]:
+        changed.append(str(tokenizer.path))
+    if changed:
+        raise UsageError(f"{changed[0]}: changed while it was read; leave it alone and run this again")
+
+
+def _is_as_found(file: Input) -> bool:
+    path = Path(file.path)
+    return path.exists() and (path.stat().st_size, path.stat().st_mtime_ns) == (file.bytes, file.time)
 
 
 def readings(recipe: PrepareRecipe, vocab_size: int) -> list[Reading]:

@@ -291,6 +291,11 @@ class TrainConfig:
     """Compute type: bfloat16 autocast over float32 weights, or float32. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    parallelism: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """What torchrun's processes hold. ddp: each the whole model; fsdp: each a share; hsdp: shares within a machine,
+    copies between machines."""
+    shard_ranks: int = 0
+    """With parallelism=hsdp: processes that share one copy; 0: those of a machine."""
     compile: bool = False
     """Compile the model's layers with torch.compile: slower to start, faster steps."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -308,12 +313,17 @@ class TrainConfig:
     """Steps between validations on the hold-out; the last step always validates. 0: never."""
     validate_sequences: int = 256
     """Held-out sequences per source in a validation; 0: all."""
+    inspect_every: int = 100
+    """Steps between looks at the weights: how far the update moves each group of them, and, for the ledger, a
+    fingerprint of all their bits. 0: never."""
+    sink: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where metrics are copied to, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
         _require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
-        for name in ("keep_checkpoints", "validate_every", "validate_sequences"):
+        for name in ("shard_ranks", "keep_checkpoints", "validate_every", "validate_sequences", "inspect_every"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 
@@ -347,12 +357,16 @@ RESUMABLE_CHANGES = frozenset(
         "run",
         "train.micro_batch_size",
         "train.device",
+        "train.parallelism",
+        "train.shard_ranks",
         "train.compile",
         "train.activation_checkpointing",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.validate_every",
         "train.validate_sequences",
+        "train.inspect_every",
+        "train.sink",
     }
 )
 

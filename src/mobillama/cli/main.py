@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.perform(known)
         return 0
     except MobiLlamaError as error:
-        print(f"mobillama: {error}", file=sys.stderr)
+        if str(error):  # an error of several processes is told by the first
+            print(f"mobillama: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,11 @@ def _pretrain(args: argparse.Namespace) -> None:
         print(to_yaml(recipe), end="")
         return
     from mobillama.console import TrainingView, progress
-    from mobillama.train.loop import pretrain
+    from mobillama.train.loop import Silent, pretrain
 
+    if int(os.environ.get("RANK", "0")):  # torchrun's first process speaks for all
+        pretrain(recipe, Silent())
+        return
     with progress() as show:
         path = pretrain(recipe, TrainingView(show))
     print(path / "model")

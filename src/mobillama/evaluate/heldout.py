@@ -19,8 +19,10 @@ from mobillama.evaluate.baselines import (
     gzip_bits_per_byte,
     xz_bits_per_byte,
 )
-from mobillama.train.device import autocast_to, choose_device
+from mobillama.train.device import choose_device
+from mobillama.train.objective import Objective
 from mobillama.train.validation import combined, validate
+from mobillama.train.world import World
 
 
 def evaluate_heldout(
@@ -43,7 +45,8 @@ def evaluate_heldout(
         raise UsageError(
             f"{model_directory}: has another tokenizer than {dataset.path}; use the data it was trained on"
         )
-    losses = validate(model, dataset, chosen, autocast_to("float32", chosen), 8, limit, progress)
+    objective = Objective(model)
+    losses = validate(lambda ids: objective(ids)[1], dataset, World(0, 1, 1, chosen), 8, limit, progress)
     if not losses:
         raise UsageError(f"{dataset.path}: nothing is held out; prepare it with holdout above 0")
     return {

@@ -1,28 +1,33 @@
 """Checkpoints that are whole or do not count: ``step-N/{model/, optimizer/, state.json, manifest.json}``.
 
-A save writes a temporary directory, flushes it, renames it, and writes the manifest last; a directory without manifest is
-an interrupted save. Before use every file is hashed; a damaged checkpoint is passed over for the newest whole one.
+The manifest is written last; a directory without one is an interrupted save (:mod:`mobillama.train.saver`). Before use every
+file is hashed; a damaged checkpoint is passed over for the newest whole one. The model is one file, the optimizer's memory
+is in as many as processes wrote it; both are safetensors, which torch's distributed checkpointing reads back into any
+number of processes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from mobillama.data.tokenizer import Tokenizer
-from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, read_weights, save_model, save_tensors
+from mobillama.directory import CHECKPOINT_FORMAT
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.recipe import ModelConfig
-from mobillama.record.files import fsync_directory, fsync_tree, read_json, write_json
-from mobillama.record.manifest import MANIFEST_NAME, find_damage, read_manifest, write_manifest
+from mobillama.record.files import read_json
+from mobillama.record.manifest import MANIFEST_NAME, find_damage, read_manifest
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+# It says so whenever one process saves or loads by itself.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 # What each optimizer remembers of a parameter; AdamW besides counts its updates.
 _MEMORY: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -35,6 +40,11 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 
 
+def work_path(directory: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` steps is written before it gets its name."""
+    return directory / f".step-{step:06d}.tmp"
+
+
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """Return (steps, path) of the committed checkpoints, oldest first; not yet verified."""
     return [(step, path) for step, path in _step_directories(directory) if (path / MANIFEST_NAME).is_file()]
@@ -44,41 +54,6 @@ def _step_directories(directory: Path) -> list[tuple[int, Path]]:
     """Return (steps, path) of the directories that have a checkpoint's name, oldest first."""
     matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in directory.glob("step-*"))
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    config: ModelConfig,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    tokenizer: Tokenizer,
-    state: dict[str, Any],
-) -> Path:
-    """Write and commit the checkpoint after ``step`` steps; return its path.
-
-    Raises:
-        UsageError: the disk is full or cannot be written; nothing that was committed is touched.
-    """
-    final = checkpoint_path(directory, step)
-    work = directory / f".step-{step:06d}.{os.getpid()}.tmp"
-    try:
-        save_model(work / "model", config, model.state_dict(), tokenizer)
-        (work / "optimizer").mkdir()
-        save_tensors(work / "optimizer" / OPTIMIZER_FILE, _optimizer_tensors(model, optimizers))
-        write_json(work / "state.json", {**state, "step": step, "updates": _updates(optimizers)})
-        fsync_tree(work)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(work, final)
-        fsync_directory(directory)
-        write_manifest(final, {"format": CHECKPOINT_FORMAT, "step": step})
-    except OSError as error:
-        raise UsageError(
-            f"{final}: cannot be written ({error.strerror}); free space and run the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return final
 
 
 def remove_leftovers(directory: Path) -> list[Path]:
@@ -127,31 +102,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / "state.json")
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load weights and what the optimizers remember into ``model`` and ``optimizers``, bit for bit.
-
-    Raises:
-        CorruptDataError: a file is damaged or does not fit the model.
-    """
-    weights = read_weights(path / "model" / WEIGHTS_FILE)
-    moments = read_weights(path / "optimizer" / OPTIMIZER_FILE)
-    updates = read_state(path)["updates"]
-    try:
-        model.load_state_dict(weights)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for optimizer in optimizers:
-            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                memory = {key: moments[f"{key}.{names[parameter]}"] for key in _MEMORY[type(optimizer)]}
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in memory.items()}
-                if isinstance(optimizer, torch.optim.AdamW):  # it counts in a float32 tensor of each parameter
-                    optimizer.state[parameter]["step"] = torch.tensor(float(updates), device=parameter.device)
-    except (RuntimeError, KeyError) as error:
-        raise CorruptDataError(
-            f"{path}: does not fit the recipe's model ({' '.join(str(error).split())[:200]})"
-        ) from None
-
-
-def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return what the optimizers remember, each process its own part, by the parameters' names."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{key}.{names[parameter]}": memory[key]
@@ -161,6 +113,39 @@ def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]
     }
 
 
-def _updates(optimizers: list[torch.optim.Optimizer]) -> int:
+def count_updates(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Return how often AdamW has updated its parameters."""
     counts = (state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state)
-    return max(map(int, counts), default=0)
+    return int(next(counts, 0))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load weights and what the optimizers remember, bit for bit, each process its own part of them.
+
+    Raises:
+        CorruptDataError: a file is damaged or does not fit the model.
+    """
+    updates = read_state(path)["updates"]
+    for optimizer in optimizers:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            memory = {key: torch.zeros_like(parameter) for key in _MEMORY[type(optimizer)]}
+            if isinstance(optimizer, torch.optim.AdamW):  # it counts in a float32 tensor of each parameter
+                memory["step"] = torch.tensor(float(updates), device=parameter.device)
+            optimizer.state[parameter] = memory
+    _read_into(model.state_dict(), path / "model")
+    _read_into(optimizer_tensors(model, optimizers), path / "optimizer")
+
+
+def _read_into(tensors: dict[str, Tensor], directory: Path) -> None:
+    """Fill ``tensors`` from the safetensors files of a directory, which must hold exactly these."""
+    reader = HuggingFaceStorageReader(str(directory))
+    try:
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    except (SafetensorError, OSError) as error:
+        raise CorruptDataError(f"{directory}: damaged or truncated ({error}); restore it from a copy") from None
+    wrong = sorted(tensors.keys() ^ stored.keys()) or sorted(
+        name for name, tensor in tensors.items() if tensor.shape != stored[name].size
+    )
+    if wrong:
+        raise CorruptDataError(f"{directory}: does not fit the recipe's model: {', '.join(wrong[:3])}")
+    load(tensors, storage_reader=reader, no_dist=True)

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
+
+import torch
 
 from mobillama.config import flatten, read_mapping, resolved, to_yaml
 from mobillama.data.dataset import Dataset
-from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageError
+from mobillama.errors import DivergedError, Stopped, UsageError
 from mobillama.recipe import RESUMABLE_CHANGES, PretrainRecipe
-from mobillama.record.chain import START as CHAIN_START
-from mobillama.record.chain import Chain
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, sha256_json, write_json, write_text
 from mobillama.record.lock import locked
-from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.train.checkpoint import (
-    keep_newest,
+    checkpoint_path,
     load_checkpoint,
     newest_whole_checkpoint,
     read_state,
     remove_leftovers,
-    save_checkpoint,
 )
-from mobillama.train.device import choose_device, describe_device
+from mobillama.train.device import describe_device
 from mobillama.train.faults import Watch
+from mobillama.train.meters import Meters
+from mobillama.train.records import METRICS_FILE, Records, recorded_steps
+from mobillama.train.saver import Saver
+from mobillama.train.signals import stop_flag
+from mobillama.train.sinks import open_sink
 from mobillama.train.step import Stepper
 from mobillama.train.validation import combined, validate
+from mobillama.train.weights import Movement, fingerprint
+from mobillama.train.world import World, join_world
 
-METRICS_FILE = "metrics.jsonl"
-LEDGER_FILE = "ledger.jsonl"
+_LONG = 2.0  # seconds that a checkpoint may hold training up before a person is told
 
 
 class Reporter(Protocol):
@@ -74,6 +72,8 @@ class Silent:
 def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
     """Run ``recipe`` to its end, from the newest whole checkpoint of its run directory; return the last checkpoint.
 
+    Under torchrun all processes call it; the first one's reporter is told.
+
     Args:
         recipe: the run.
         reporter: told of every record.
@@ -87,104 +87,127 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
     dataset = Dataset(Path(recipe.data))
     dataset.check_sizes()
     _check_fit(recipe, dataset)
-    device = choose_device(recipe.train.device)
     run = Path(recipe.run)
-    run.mkdir(parents=True, exist_ok=True)
-    with locked(run, "a trainer"):
-        facts = {**environment(), "device": describe_device(device), "recipe_sha256": sha256_json(resolved(recipe))}
-        _claim(run, recipe, dataset, facts)
-        return _Run(recipe, dataset, run, reporter, facts).execute()
+    with join_world(recipe.train.device) as world, ExitStack() as held:
+
+        def claim() -> dict[str, Any]:
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run, "a trainer"))
+            facts = {**environment(), "device": describe_device(world.device), "processes": world.size}
+            facts["recipe_sha256"] = sha256_json(resolved(recipe))
+            _claim(run, recipe, dataset, facts)
+            return facts
+
+        facts = world.share(claim)
+        return _Run(recipe, dataset, run, world, reporter if world.is_first else Silent(), facts).execute()
 
 
 class _Run:
     """State of a run in one process."""
 
     def __init__(
-        self, recipe: PretrainRecipe, dataset: Dataset, run: Path, reporter: Reporter, facts: dict[str, Any]
+        self,
+        recipe: PretrainRecipe,
+        dataset: Dataset,
+        run: Path,
+        world: World,
+        reporter: Reporter,
+        facts: dict[str, Any],
     ) -> None:
-        self.recipe, self.dataset, self.run, self.reporter, self.environment = recipe, dataset, run, reporter, facts
+        self.recipe, self.dataset, self.world, self.reporter, self.environment = recipe, dataset, world, reporter, facts
         self.checkpoints = run / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
-        self.stepper = Stepper(recipe, dataset)
+        self.stepper = Stepper(recipe, dataset, world, reporter.on_note)
         self.watch = Watch(recipe.faults)
+        keep = recipe.train.keep_checkpoints
+        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep)
+        self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
+        sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
+        self.records = Records(run, world.is_first, sink)
 
     def execute(self) -> Path:
         """Train from where the run stands to its last step."""
-        recipe, steps = self.recipe, self.recipe.train.steps
+        recipe, train = self.recipe, self.recipe.train
         path, done = self._resume()
-        if path is not None and done >= steps:
-            self.reporter.on_note(f"{path}: all {steps} steps are done")
-            return path
-        self.reporter.on_start(done, steps)
-        with self._records(), _stop_flag(self.reporter) as stop:
+        if done >= train.steps:
+            self.reporter.on_note(f"{path}: all {train.steps} steps are done")
+        else:
+            self.reporter.on_start(done, train.steps)
+        first = {
+            "kind": "run",
+            "recipe": sha256_json(defining(recipe)),
+            "data": self.dataset.digest,
+            "root": self.dataset.root.hex(),
+        }
+        with self.records.open(first), stop_flag(self.reporter.on_note) as stop:
             if path is not None:
-                self._chain_checkpoint(path)  # cut off with what came after it was saved
-            while done < steps:
+                self.saver.resume(path)
+            while done < train.steps:
                 said = self._take_step(done)
                 done += 1
                 if self.watch.must_roll_back:
                     done = self._roll_back(done, said)
                     continue
-                last = done == steps
-                if recipe.train.validate_every and (last or done % recipe.train.validate_every == 0):
+                last = done == train.steps
+                if train.validate_every and (last or done % train.validate_every == 0):
                     self._validate(done)
-                if last or stop.requested or done % recipe.train.checkpoint_every == 0:
-                    path = self._save(done)
-                if stop.requested and not last:
-                    raise Stopped(f"{path}: saved after step {done}; run the same command again to go on")
-        assert path is not None
-        return path
+                stops, failures = self._flags(stop.requested, self.saver.failed)
+                if failures:
+                    self._finish_save()
+                if last or stops or done % train.checkpoint_every == 0:
+                    self._save(done)
+                if stops and not last:
+                    self._finish_save()
+                    saved = checkpoint_path(self.checkpoints, done)
+                    raise Stopped(f"{saved}: saved after step {done}; run the same command again to go on")
+            self._finish_save()
+        return checkpoint_path(self.checkpoints, done)
 
-    @contextmanager
-    def _records(self) -> Iterator[None]:
-        """Keep metrics.jsonl and the ledger open for appending."""
-        self.ledger = Chain(self.run / LEDGER_FILE)
-        try:
-            if self.ledger.head == CHAIN_START:
-                self.ledger.append(
-                    {
-                        "kind": "run",
-                        "recipe": sha256_json(defining(self.recipe)),
-                        "data": self.dataset.digest,
-                        "root": self.dataset.root.hex(),
-                    }
-                )
-            with open(self.run / METRICS_FILE, "a", encoding="utf-8") as self.metrics:
-                yield
-        finally:
-            self.ledger.close()
+    def _flags(self, *flags: bool) -> list[bool]:
+        """Return which of the flags are up in any process."""
+        return [bool(count) for count in self.world.sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def _resume(self) -> tuple[Path | None, int]:
-        for leftover in remove_leftovers(self.checkpoints):
-            self.reporter.on_note(f"{leftover}: an interrupted save, removed")
-        path, damaged = newest_whole_checkpoint(self.checkpoints)
-        for line in damaged:
-            self.reporter.on_note(f"{line}; using an older checkpoint")
-        metrics, ledger = self.run / METRICS_FILE, self.run / LEDGER_FILE
-        if path is None:
-            if _recorded_steps(metrics) > self.recipe.train.checkpoint_every:
+        def find() -> str:
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in remove_leftovers(self.checkpoints):
+                self.reporter.on_note(f"{leftover}: an interrupted save, removed")
+            path, damaged = newest_whole_checkpoint(self.checkpoints)
+            for line in damaged:
+                self.reporter.on_note(f"{line}; using an older checkpoint")
+            if path is None:
+                self._check_fresh()
+                self.records.truncate(None)
+                return ""
+            state = read_state(path)
+            if state["precision"] != self.stepper.precision:
                 raise UsageError(
-                    f"{metrics}: records {_recorded_steps(metrics)} steps, but {self.checkpoints} holds no checkpoint; "
-                    f"restore them, or remove {self.run} to start anew"
+                    f"{path}: was computed in {state['precision']}, this machine would go on in {self.stepper.precision}; "
+                    f"set train.precision to {state['precision']}"
                 )
-            metrics.unlink(missing_ok=True)
-            ledger.unlink(missing_ok=True)
+            self.records.truncate(state["bytes"])
+            return str(path)
+
+        found = self.world.share(find)
+        if not found:
             return None, 0
-        state = read_state(path)
-        if state["precision"] != self.stepper.precision:
-            raise UsageError(
-                f"{path}: was computed in {state['precision']}, this machine would go on in {self.stepper.precision}; "
-                f"set train.precision to {state['precision']}"
-            )
-        for file in (metrics, ledger):
-            if not file.is_file() or file.stat().st_size < state["bytes"][file.name]:
-                raise CorruptDataError(f"{file}: shorter than when {path.name} was saved; restore it from a copy")
-        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        path = Path(found)
+        state = self._load(path)
         self.watch.load(state["faults"])
-        for file in (metrics, ledger):
-            os.truncate(file, state["bytes"][file.name])
         self.reporter.on_note(f"resuming after step {state['step']} from {path}")
         return path, state["step"]
+
+    def _check_fresh(self) -> None:
+        """Refuse to start anew where there must have been a checkpoint: the first is whole when the second is begun."""
+        run, steps = self.records.run, recorded_steps(self.records.run)
+        if steps > 2 * self.recipe.train.checkpoint_every:
+            raise UsageError(
+                f"{run / METRICS_FILE}: records {steps} steps, but {self.checkpoints} holds no checkpoint; "
+                f"restore them, or remove {run} to start anew"
+            )
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        return read_state(path)
 
     def _take_step(self, step: int) -> str:
         """Take optimizer step ``step`` (from 0), unless it is bad or to be passed over, and record it.
@@ -192,21 +215,26 @@ class _Run:
         Returns:
             What was wrong with it, or ``""``.
         """
-        train, started, rate = self.recipe.train, time.perf_counter(), self.stepper.rate(step)
+        train, rate = self.recipe.train, self.stepper.rate(step)
         first = step * train.batch_size
         entry: dict[str, Any] = {"kind": "step", "step": step + 1, "positions": [first, first + train.batch_size]}
         record: dict[str, Any] = {"kind": "step", "step": step + 1}
         tokens = {"tokens": (step + 1) * self.stepper.tokens}
         if step < self.watch.passed_over:
-            self.ledger.append({**entry, "fault": "passed over"})
-            self._record({**record, "fault": "passed over", **tokens})
+            self.records.chain({**entry, "fault": "passed over"})
+            self._report({**record, "fault": "passed over", **tokens})
             return ""
+        waited = self.stepper.loader.waited
         numbers = self.stepper.gradient(step)
         fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
+        inspects = bool(train.inspect_every) and (step + 1) % train.inspect_every == 0
+        looks: dict[str, Any] = {}
         if fault:
             self.stepper.discard()
         else:
+            movement = Movement(self.stepper.model, self.world) if inspects else None
             self.stepper.update(rate)
+            looks = {"update_ratio": movement.ratios()} if movement else {}
         computed = {
             "loss": _finite(numbers.loss),
             "loss_by_source": {name: _finite(loss) for name, loss in numbers.loss_by_source.items()},
@@ -214,9 +242,11 @@ class _Run:
             "gradient_norm": _finite(numbers.gradient_norm),
             **({"fault": fault} if fault else {}),
         }
-        self.ledger.append({**entry, **computed})
-        speed = self.stepper.tokens / (time.perf_counter() - started)
-        self._record({**record, **computed, **tokens, "tokens_per_second": speed})
+        prints = {"weights": fingerprint(self.stepper.model.state_dict(), self.world)} if inspects else {}
+        self.records.chain({**entry, **computed, **prints})
+        facts = self.meters.read(self.stepper.tokens, self.stepper.loader.waited - waited)
+        more = {"bits_per_byte": _finite(numbers.bits_per_byte), **looks}
+        self._report({**record, **computed, **tokens, **more, **facts})
         said = f"loss {numbers.loss:.4g}, gradient norm {numbers.gradient_norm:.4g}" if fault else ""
         if fault:
             self.reporter.on_note(f"step {step + 1}: {fault} ({said}), skipped")
@@ -230,63 +260,70 @@ class _Run:
         Raises:
             DivergedError: the policy allows no rollback, or no further one.
         """
-        path, _ = newest_whole_checkpoint(self.checkpoints)
-        if self.watch.rollbacks >= self.recipe.faults.max_rollbacks or path is None:
+        self._finish_save()
+        path = self.world.share(lambda: str(newest_whole_checkpoint(self.checkpoints)[0] or ""))
+        if self.watch.rollbacks >= self.recipe.faults.max_rollbacks or not path:
             raise DivergedError(
                 f"step {done}: {said}, and faults allows no more; lower optimizer.learning_rate and start a new run, set "
                 "faults.max_skips or faults.max_rollbacks, or look at this step's data: mobillama data show "
-                f"{self.run} --step {done}"
+                f"{self.records.run} --step {done}"
             )
-        state = read_state(path)
-        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        state = self._load(Path(path))
         rollbacks = self.watch.rollbacks
         self.watch.load({**state["faults"], "rollbacks": rollbacks})
         self.watch.roll_back(done)
         entry = {"kind": "rollback", "step": done, "to": state["step"]}
-        self.ledger.append(entry)
-        self._record(entry)
+        self.records.chain(entry)
+        self._report(entry)
         self.reporter.on_note(f"step {done}: rolled back to {path}; the data up to here are passed over")
         return int(state["step"])
 
     def _validate(self, step: int) -> None:
         micro, limit = self.recipe.train.micro_batch_size, self.recipe.train.validate_sequences
-        at = self.stepper
-        losses = validate(at.model, self.dataset, at.device, at.autocast, micro, limit, eos_id=at.eos_id)
+        losses = validate(self.stepper.losses, self.dataset, self.world, micro, limit)
         if losses:
             record = {"kind": "validation", "step": step, "loss": combined(losses).loss}
             record["bits_per_byte"] = combined(losses).bits_per_byte
             record["bits_per_byte_by_source"] = {name: loss.bits_per_byte for name, loss in losses.items()}
-            self.ledger.append(record)
-            self._record(record)
+            self.records.chain(record)
+            self._report(record)
+        self.meters.restart()
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
+    def _report(self, record: dict[str, Any]) -> None:
+        self.records.add(record)
         self.reporter.on_record(record)
 
-    def _save(self, step: int) -> Path:
-        os.fsync(self.metrics.fileno())
-        lengths = {METRICS_FILE: os.fstat(self.metrics.fileno()).st_size, LEDGER_FILE: self.ledger.sync()}
+    def _save(self, step: int) -> None:
+        """Begin a checkpoint. Its lines come into the records before the next one's, however long its files take."""
+        self._finish_save()
         state = {
             "data": self.dataset.digest,
             "recipe": resolved(self.recipe),
             "precision": self.stepper.precision,
             "tokens": step * self.stepper.tokens,
-            "bytes": lengths,
-            "ledger": self.ledger.head,
+            **self.records.state(),
             "faults": self.watch.state(),
             "environment": self.environment,
         }
-        model, optimizers, tokenizer = self.stepper.model, self.stepper.optimizers, self.dataset.tokenizer
-        path = save_checkpoint(self.checkpoints, step, self.recipe.model, model, optimizers, tokenizer, state)
-        self._chain_checkpoint(path)
-        keep_newest(self.checkpoints, step, self.recipe.train.keep_checkpoints)
-        return path
+        self.saver.start(step, self.stepper.model, self.stepper.optimizers, state)
+        self.meters.restart()
 
-    def _chain_checkpoint(self, path: Path) -> None:
-        manifest = read_json(path / MANIFEST_NAME)
-        digests = {name: fact["sha256"] for name, fact in manifest["files"].items() if name.endswith(".safetensors")}
-        self.ledger.append({"kind": "checkpoint", "step": manifest["step"], "sha256": digests})
+    def _finish_save(self) -> None:
+        """Wait for the checkpoint under way, or after a resume for the one that was resumed from, and record it.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        saved = self.saver.wait()
+        if saved is None:
+            return
+        self.records.chain({"kind": "checkpoint", "step": saved.step, **saved.digests})
+        self._report({"kind": "checkpoint", "step": saved.step, "seconds": saved.seconds, "held_up": saved.held_up})
+        if saved.held_up > _LONG:
+            self.reporter.on_note(
+                f"step {saved.step}: training stood still for {saved.held_up:.0f} s of the {saved.seconds:.0f} s that its "
+                f"checkpoint took; for fewer, save less often (train.checkpoint_every) or to faster storage"
+            )
 
 
 def defining(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -313,7 +350,7 @@ def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
 def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str, Any]) -> None:
     """Write what the run is, or check that a started run is the same one; a refused run's files stay as they are."""
     stated, data = run / "recipe.yaml", run / "data-manifest.json"
-    if stated.is_file() and _recorded_steps(run / METRICS_FILE):
+    if stated.is_file() and recorded_steps(run):
         before, now = flatten(read_mapping(stated)), flatten(resolved(recipe))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and key not in RESUMABLE_CHANGES:
@@ -331,42 +368,5 @@ def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str,
     write_json(run / "environment.json", facts)
 
 
-def _recorded_steps(metrics: Path) -> int:
-    """Return the last step that metrics.jsonl records; a line cut short by a kill does not count."""
-    if not metrics.is_file():
-        return 0
-    with open(metrics, "rb") as file:
-        file.seek(max(0, metrics.stat().st_size - (1 << 16)))
-        lines = file.read().split(b"\n")[:-1]
-    try:
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (ValueError, KeyError, TypeError):
-        raise CorruptDataError(f"{metrics}: its last line is no record of a step; restore it from a copy") from None
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no others
-
-
-@dataclass
-class _StopFlag:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_flag(reporter: Reporter) -> Iterator[_StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
-    flag = _StopFlag()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        flag.requested = True
-        for each in previous:
-            signal.signal(each, signal.SIG_DFL)
-        reporter.on_note("stopping after this step and saving; once more stops at once, without saving")
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,68 +3,96 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from mobillama.data.dataset import Dataset, partition
+from mobillama.data.dataset import Dataset
+from mobillama.data.tokenizer import token_lengths
 from mobillama.errors import UsageError
-from mobillama.model.loss import linear_cross_entropy
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import PretrainRecipe
 from mobillama.train.device import (
     autocast_to,
-    choose_device,
     choose_precision,
     describe_device,
     has_float8,
     keep_freed_memory,
     make_deterministic,
 )
+from mobillama.train.loader import Loader
+from mobillama.train.objective import Objective
 from mobillama.train.optimizer import build_optimizers, learning_rate
+from mobillama.train.parallel import distribute, keep_gradients_local
 from mobillama.train.speed import checkpoint_activations, compile_layers, use_float8
-from mobillama.train.validation import document_ids
+from mobillama.train.world import World
 
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a step computed: nats per token, over all and by source, and the norm of the gradient before clipping."""
+    """What a step computed over all processes."""
 
     loss: float
+    """Nats per token."""
     loss_by_source: dict[str, float]
+    bits_per_byte: float
     gradient_norm: float
+    """Before clipping."""
 
 
 class Stepper:
-    """The model and its optimizers in one process.
+    """This process's model, or its share of it, and its optimizers.
 
     Args:
         recipe: the run.
         dataset: what it learns from.
+        world: the processes that share a step.
+        on_note: told what a person should read.
+
+    Raises:
+        UsageError: the processes cannot share a batch equally, or the device lacks what the recipe asks for.
     """
 
-    def __init__(self, recipe: PretrainRecipe, dataset: Dataset) -> None:
-        self.recipe, self.dataset = recipe, dataset
-        self.device = choose_device(recipe.train.device)
-        if recipe.train.deterministic:
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        dataset: Dataset,
+        world: World,
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        train = recipe.train
+        self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, world.device
+        if train.batch_size % world.size:
+            raise UsageError(
+                f"train.batch_size: {world.size} processes cannot share {train.batch_size} sequences equally; "
+                f"start a number of processes that divides it"
+            )
+        if train.deterministic:
             make_deterministic()
-        if recipe.train.float8 and not has_float8(self.device):
+        if train.float8 and not has_float8(self.device):
             raise UsageError(f"train.float8: {describe_device(self.device)} multiplies no float8; set it to false")
-        self.precision = choose_precision(recipe.train.precision, self.device)
-        self.autocast = autocast_to(self.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        model = MobiLlama(recipe.model)
-        initialise(model, recipe.model, recipe.seed)
-        self.model = model.to(self.device)
-        self.optimizers = build_optimizers(self.model, recipe.optimizer)
-        self.eos_id = dataset.tokenizer.eos_id if recipe.train.mask_documents else None
-        self.tokens = recipe.train.batch_size * (dataset.sequence_length - 1)
-        if recipe.train.float8:
+        self.precision = choose_precision(train.precision, self.device)
+        self.tokens = train.batch_size * (dataset.sequence_length - 1)
+        self.loader = Loader(dataset, recipe.seed, train.batch_size, train.micro_batch_size, world, on_note)
+        self._lengths = token_lengths(dataset.tokenizer)
+
+        self.model = MobiLlama(recipe.model)
+        initialise(self.model, recipe.model, recipe.seed)
+        self.model.to(self.device)
+        if train.float8:
             use_float8(self.model)
-        checkpoint_activations(self.model.model, recipe.train.activation_checkpointing)
-        if recipe.train.compile:
+        checkpoint_activations(self.model.model, train.activation_checkpointing)
+        if train.compile:
             compile_layers(self.model.model)
+        eos_id = dataset.tokenizer.eos_id if train.mask_documents else None
+        objective = Objective(self.model, train.z_loss, eos_id, autocast_to(self.precision, self.device))
+        self._objective = distribute(objective, world, train.parallelism, train.shard_ranks)
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step ``step`` (from 0)."""
@@ -72,30 +100,43 @@ class Stepper:
 
     def gradient(self, step: int) -> StepNumbers:
         """Compute the gradient of step ``step`` (from 0), clipped; it waits in the parameters."""
-        recipe, train = self.recipe, self.recipe.train
-        by_source = torch.zeros(len(self.dataset.source_names), dtype=torch.float64, device=self.device)
-        sequences = torch.zeros_like(by_source)
-        for part in partition(train.batch_size, train.micro_batch_size):
-            batch = self.dataset.batch(recipe.seed, step, train.batch_size, part)
+        names = self.dataset.source_names
+        nats = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        sequences, size = torch.zeros_like(nats), 0
+        batches = self.loader.take(step)
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            keep_gradients_local(self._objective, left > 0)
             ids = torch.from_numpy(batch.ids).to(self.device)
             sources = torch.from_numpy(batch.sources).to(self.device)
-            inputs, targets = ids[:, :-1], ids[:, 1:]
-            with self.autocast():
-                hidden_btc = self.model.model(inputs, document_ids=document_ids(inputs, self.eos_id))
-                head = self.model.lm_head.weight
-                total, losses_bt = linear_cross_entropy(hidden_btc, head, targets, train.z_loss)
-            torch.autograd.backward(total / self.tokens)
-            by_source.index_add_(0, sources, losses_bt.double().sum(1))
+            total, losses_bt = self._objective(ids)
+            # Processes' gradients are averaged, and the loss is the mean over all of them.
+            torch.autograd.backward(total * self.world.size / self.tokens)
+            nats.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
-        limit = recipe.optimizer.clip_norm or math.inf
+            size += int(self._lengths[batch.ids[:, 1:]].sum())
+        limit = self.recipe.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        tokens = (sequences * (self.dataset.sequence_length - 1)).tolist()
-        means = zip(self.dataset.source_names, by_source.tolist(), tokens, strict=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        sums = torch.cat([nats, sequences, torch.tensor([size], dtype=torch.float64).to(self.device)])
+        *counts, size = self.world.sum(sums).tolist()
+        nats_of, sequences_of = counts[: len(names)], counts[len(names) :]
+        context = self.dataset.sequence_length - 1
         return StepNumbers(
-            loss=float(by_source.sum()) / self.tokens,
-            loss_by_source={name: nats / count for name, nats, count in means if count},
+            loss=sum(nats_of) / self.tokens,
+            loss_by_source={
+                name: nats / (count * context)
+                for name, nats, count in zip(names, nats_of, sequences_of, strict=True)
+                if count
+            },
+            bits_per_byte=sum(nats_of) / math.log(2) / max(1, size),
             gradient_norm=float(norm),
         )
+
+    def losses(self, ids_bs: Tensor) -> Tensor:
+        """Return the losses (b, t) in nats of the tokens of sequences (b, t + 1); all processes call it equally often."""
+        with torch.no_grad():
+            losses_bt: Tensor = self._objective(ids_bs)[1]
+        return losses_bt
 
     def update(self, rate: float) -> None:
         """Apply the gradient at a learning rate."""

@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import token_lengths
-from mobillama.model.loss import token_losses
+from mobillama.train.world import World
 
 
 @dataclass(frozen=True)
@@ -36,53 +34,49 @@ class SourceLoss:
 
 
 def validate(
-    model: nn.Module,
+    losses: Callable[[Tensor], Tensor],
     dataset: Dataset,
-    device: torch.device,
-    autocast: Callable[[], torch.autocast],
+    world: World,
     batch_size: int,
     limit: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    eos_id: int | None = None,
 ) -> dict[str, SourceLoss]:
     """Return the loss on the first ``limit`` (0: all) held-out sequences of each source.
 
     The first id of a sequence is context only; every other id is scored, end marks too (their text is of 0 bytes).
-    Sources without hold-out are left out. ``progress`` is told (sequences done, all sequences). With ``eos_id``, the end
-    mark, no token sees another document.
+    Sources without hold-out are left out.
+
+    Args:
+        losses: maps sequences (b, s) to their tokens' losses (b, s - 1) in nats; all processes call it equally often.
+        dataset: what is held out.
+        world: the processes that share the sequences.
+        batch_size: sequences at once.
+        limit: sequences of a source.
+        progress: told (sequences done, all sequences).
     """
     lengths = token_lengths(dataset.tokenizer)
-    held: dict[str, NDArray[np.int64]] = {name: dataset.holdout(name, limit) for name in dataset.source_names}
-    total, done = sum(len(ids) for ids in held.values()), 0
-    losses = {}
-    was_training = model.training
-    model.eval()
+    rows = {name: dataset.holdout_file(name).rows for name in dataset.source_names}
+    rows = {name: min(count, limit) if limit else count for name, count in rows.items()}
+    total, done = sum(rows.values()), 0
+    found = {}
     with torch.no_grad():
-        for name, ids in held.items():
-            nats = 0.0
-            for start in range(0, len(ids), batch_size):
-                batch = torch.from_numpy(ids[start : start + batch_size]).to(device)
-                with autocast():
-                    logits_btv = model(batch[:, :-1], document_ids=document_ids(batch[:, :-1], eos_id))
-                    losses_bt = token_losses(logits_btv, batch[:, 1:])
-                nats += float(losses_bt.double().sum())
-                done += len(batch)
+        for name, count in rows.items():
+            sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
+            for start in range(0, count, batch_size * world.size):
+                first = start + batch_size * world.rank
+                mine = min(batch_size, max(0, count - first))
+                # A process without a share still takes part, with a sequence that is not counted.
+                ids = dataset.holdout(name, mine or 1, first if mine else 0)
+                losses_bt = losses(torch.from_numpy(ids).to(world.device))[:mine]
+                scored = ids[:mine, 1:]
+                text = torch.tensor([scored.size, int(lengths[scored].sum())], dtype=torch.float64)
+                sums += torch.cat([losses_bt.double().sum()[None], text.to(world.device)])
+                done += min(batch_size * world.size, count - start)
                 progress(done, total)
-            if len(ids):
-                losses[name] = SourceLoss(nats, ids[:, 1:].size, int(lengths[ids[:, 1:]].sum()))
-    model.train(was_training)
-    return losses
-
-
-def document_ids(ids_bt: torch.Tensor, eos_id: int | None) -> torch.Tensor | None:
-    """Return which document of its sequence each token belongs to, counted from 0 (b, t); None without ``eos_id``.
-
-    An end mark belongs to the document that it ends; text never holds one (the tokenizer has no other way to it).
-    """
-    if eos_id is None:
-        return None
-    ends_bt = (ids_bt == eos_id).long()
-    return ends_bt.cumsum(1) - ends_bt
+            nats, tokens, size = world.sum(sums).tolist()
+            if tokens:
+                found[name] = SourceLoss(nats, int(tokens), int(size))
+    return found
 
 
 def combined(losses: dict[str, SourceLoss]) -> SourceLoss:

@@ -1,0 +1,90 @@
+"""Reads the next step's sequences while this step computes, and says so when storage keeps it waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from threading import Thread
+
+from mobillama.data.dataset import Batch, Dataset, partition
+from mobillama.errors import UsageError
+from mobillama.train.world import World
+
+_PATIENCE = 10.0  # seconds until a reader counts as hung
+_READERS = 6  # that are tried one after another
+
+
+class Loader:
+    """A process's micro-batches, in order; the next step is read ahead by a thread.
+
+    Since a batch is a pure function of its step, a reader that hangs is replaced by another that reads the same: nothing
+    is lost or taken twice.
+
+    Args:
+        dataset: what is read.
+        seed: seed of the order.
+        batch_size: sequences of a step, over all processes.
+        micro_batch_size: sequences of a micro-batch.
+        world: the processes that share a step.
+        on_note: told when a reader hangs.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        world: World,
+        on_note: Callable[[str], None],
+    ) -> None:
+        self.dataset, self.seed, self.batch_size, self.world, self.on_note = dataset, seed, batch_size, world, on_note
+        self.parts = partition(batch_size, micro_batch_size, world.rank, world.size)
+        self.waited = 0.0
+        """Seconds that steps have waited for data."""
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def take(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step (from 0), and begin to read the next step.
+
+        Raises:
+            CorruptDataError: a sequence differs from what was prepared.
+            UsageError: storage does not answer.
+        """
+        started = time.perf_counter()
+        future = self._ahead.pop(step, None) or self._start(step)
+        for _ in range(_READERS):
+            try:
+                batches = future.result(_PATIENCE)
+                break
+            except NotYet:
+                self.on_note(
+                    f"{self.dataset.path}: step {step + 1} has waited {_PATIENCE:.0f} s for its data; asking another reader"
+                )
+                future = self._start(step)
+        else:
+            raise UsageError(
+                f"{self.dataset.path}: does not answer for {_READERS * _PATIENCE:.0f} s; look at the storage and run the "
+                "same command again"
+            )
+        self.waited += time.perf_counter() - started
+        self._ahead = {step + 1: self._start(step + 1)}
+        return batches
+
+    def _start(self, step: int) -> Future[list[Batch]]:
+        # A thread of its own for each step: one that hangs stands in nobody's way, and the process may end without it.
+        future: Future[list[Batch]] = Future()
+        Thread(target=_fulfil, args=(future, self._read, step), daemon=True).start()
+        return future
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self.dataset.batch(self.seed, step, self.batch_size, part) for part in self.parts]
+
+
+def _fulfil(future: Future[list[Batch]], read: Callable[[int], list[Batch]], step: int) -> None:
+    try:
+        future.set_result(read(step))
+    except BaseException as error:
+        future.set_exception(error)

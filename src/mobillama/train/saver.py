@@ -1,0 +1,193 @@
+"""Saves checkpoints while training goes on: a copy of all tensors is made at once, files are written in the background.
+
+A save writes a temporary directory (each process its own part), flushes it, renames it, and writes the manifest last. One
+save is under way at a time; the next one waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from mobillama.data.tokenizer import Tokenizer
+from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, save_model
+from mobillama.errors import UsageError
+from mobillama.recipe import ModelConfig
+from mobillama.record.files import fsync_directory, fsync_tree, write_json
+from mobillama.record.manifest import read_manifest, write_manifest
+from mobillama.train.checkpoint import (
+    checkpoint_path,
+    count_updates,
+    keep_newest,
+    optimizer_tensors,
+    read_state,
+    work_path,
+)
+from mobillama.train.weights import fingerprint
+from mobillama.train.world import World
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint."""
+
+    path: Path
+    step: int
+    digests: dict[str, str]
+    """sha256 of the model's weights, fingerprint of the optimizer's memory, which may lie in any number of files."""
+    seconds: float
+    """From the start of the copy to the commit."""
+    held_up: float
+    """Seconds that training stood still for it: for the copy, and for its files if the next save or the end came first."""
+
+
+class Saver:
+    """The checkpoints of a run, written by all its processes.
+
+    Args:
+        directory: holds the checkpoints.
+        world: the processes; all of them call every method at the same step.
+        config: the model's shape.
+        tokenizer: goes with the model.
+        keep: newest checkpoints to keep; 0 keeps all.
+    """
+
+    def __init__(self, directory: Path, world: World, config: ModelConfig, tokenizer: Tokenizer, keep: int) -> None:
+        self.directory, self.world, self.config, self.tokenizer, self.keep = directory, world, config, tokenizer, keep
+        # A group of its own: what it does in the background must not mix with what training does.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[Saved] | None = None
+        self._held_up = 0.0
+        self._copies: dict[str, Tensor] = {}
+        self._mesh: DeviceMesh | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has come to an error; :meth:`wait` raises it."""
+        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
+
+    def start(
+        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+    ) -> None:
+        """Copy all tensors and begin to write the checkpoint after ``step`` steps; the save before must be waited for."""
+        started = time.perf_counter()
+        copies = {name: self._whole(name, tensor) for name, tensor in model.state_dict().items()}
+        memory = {name: self._part(name, tensor) for name, tensor in optimizer_tensors(model, optimizers).items()}
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        weights = {name: tensor for name, tensor in copies.items() if tensor is not None}
+        memory_fingerprint = fingerprint(optimizer_tensors(model, optimizers), self.world)
+        state = {**state, "step": step, "updates": count_updates(optimizers), "optimizer": memory_fingerprint}
+        self._held_up = time.perf_counter() - started
+        self._under_way = self._thread.submit(self._write, step, weights, memory, state, started)
+
+    def resume(self, path: Path) -> None:
+        """Take a committed checkpoint for the save under way: :meth:`wait` returns it."""
+        manifest = read_manifest(path, CHECKPOINT_FORMAT)
+        self._under_way, self._held_up = Future(), 0.0
+        self._under_way.set_result(Saved(path, manifest["step"], _digests(manifest, read_state(path)), 0.0, 0.0))
+
+    def wait(self) -> Saved | None:
+        """Wait until the save under way is committed and return it; None when none is.
+
+        Raises:
+            UsageError: the disk is full or cannot be written; nothing that was committed is touched.
+        """
+        if self._under_way is None:
+            return None
+        started, under_way, self._under_way = time.perf_counter(), self._under_way, None
+        saved = under_way.result()
+        held_up = self._held_up + time.perf_counter() - started
+        return Saved(saved.path, saved.step, saved.digests, saved.seconds, held_up)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Return a copy of a weight, gathered from all processes, in the first of them."""
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return self._copied(name, tensor) if self.world.is_first else None
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy of this process's part, which still knows its place in the whole."""
+        if not isinstance(tensor, DTensor):
+            return self._copied(name, tensor)
+        mesh = tensor.device_mesh
+        if self._mesh is None:
+            on_cpu = mesh.device_type == "cpu"
+            self._mesh = mesh if on_cpu else init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
+        part = self._copied(name, tensor.to_local())
+        shape, stride = tensor.shape, tensor.stride()
+        return DTensor.from_local(part, self._mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor.detach().clone()
+        if name not in self._copies:  # pinned memory takes copies at full speed, but long to get
+            self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return self._copies[name].copy_(tensor.detach(), non_blocking=True)
+
+    def _write(
+        self, step: int, weights: dict[str, Tensor], memory: dict[str, Tensor], state: dict[str, Any], started: float
+    ) -> Saved:
+        final, work = checkpoint_path(self.directory, step), work_path(self.directory, step)
+        failure = ""
+        digests: dict[str, str] = {}
+        try:
+            writer = HuggingFaceStorageWriter(str(work / "optimizer"), save_distributed=True)
+            save_distributed(memory, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
+            if self.world.is_first:
+                save_model(work / "model", self.config, weights, self.tokenizer)
+                write_json(work / "state.json", state)
+                digests = _digests(_commit(work, final, step), state)
+                keep_newest(self.directory, step, self.keep)
+        except CheckpointException as error:
+            failure = "; ".join(_reason(each) for each, _ in error.failures.values())
+        except OSError as error:
+            failure = _reason(error)
+        finally:
+            if self.world.is_first:
+                shutil.rmtree(work, ignore_errors=True)
+        self._agree(bool(failure))
+        if failure:
+            raise UsageError(f"{final}: cannot be written ({failure}); free space and run the same command again")
+        return Saved(final, step, digests, time.perf_counter() - started, 0.0)
+
+    def _agree(self, failed: bool) -> None:
+        """Wait for all processes, and fail without a word where only another one knows why."""
+        if self._group is None:
+            return
+        failures = torch.tensor([int(failed)])
+        dist.all_reduce(failures, group=self._group)
+        if int(failures) and not failed:
+            raise UsageError("")
+
+
+def _commit(work: Path, final: Path, step: int) -> dict[str, Any]:
+    fsync_tree(work)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(work, final)
+    fsync_directory(final.parent)
+    return write_manifest(final, {"format": CHECKPOINT_FORMAT, "step": step})
+
+
+def _digests(manifest: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:
+    weights = manifest["files"][f"model/{WEIGHTS_FILE}"]["sha256"]
+    return {"weights_sha256": weights, "optimizer_fingerprint": state["optimizer"]}
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__

@@ -37,7 +37,7 @@ def distribute(objective: Objective, world: World, kind: str, shard_ranks: int =
         return objective
     if kind == "ddp":
         device_ids = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(objective, device_ids, gradient_as_bucket_view=True)
     shape: tuple[int, ...] = (world.size,)
     names: tuple[str, ...] = ("shard",)
     if kind == "hsdp":

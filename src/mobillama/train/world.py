@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mobillama import errors
 from mobillama.errors import MobiLlamaError, UsageError
@@ -94,8 +95,25 @@ def join_world(device: str) -> Iterator[World]:
             raise UsageError(f"device: under torchrun each process takes its own; set cuda or auto, not '{device}'")
         chosen = choose_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=_meeting_place(rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
     try:
         yield World(rank, size, per_node, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place(rank: int, size: int) -> Store:
+    """Return where the processes find each other.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone: each attempt has its own.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, size, is_master=rank == 0 and not agents, timeout=_TIMEOUT)
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

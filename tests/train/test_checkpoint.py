@@ -63,7 +63,7 @@ def test_checkpoint_holds_model_optimizer_state_and_manifest_and_no_pickle(save)
     assert names == {
         "manifest.json",
         "state.json",
-        "optimizer/shard-00001-model-00001-of-00001.safetensors",
+        "optimizer/optimizer-00001.safetensors",
         "model/config.json",
         "model/generation_config.json",
         "model/model.safetensors",

@@ -102,6 +102,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / "state.json")
 
 
+def remembered_parameters(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, nn.Parameter]:
+    """Return, for each name of :func:`optimizer_tensors`, the parameter that it is remembered of."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}.{names[parameter]}": parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key in _MEMORY[type(optimizer)]
+    }
+
+
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Return what the optimizers remember, each process its own part, by the parameters' names."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}

@@ -120,6 +120,7 @@ class _Run:
         self.watch = Watch(recipe.faults)
         keep = recipe.train.keep_checkpoints
         self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep)
+        self.saver.reserve(self.stepper.model, self.stepper.optimizers)
         self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
         sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
         self.records = Records(run, world.is_first, sink)

@@ -6,6 +6,7 @@ save is under way at a time; the next one waits for it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -19,12 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 
 from mobillama.data.tokenizer import Tokenizer
-from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, save_model
+from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, save_model, save_tensors
 from mobillama.errors import UsageError
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import fsync_directory, fsync_tree, write_json
@@ -35,9 +39,10 @@ from mobillama.train.checkpoint import (
     keep_newest,
     optimizer_tensors,
     read_state,
+    remembered_parameters,
     work_path,
 )
-from mobillama.train.weights import fingerprint
+from mobillama.train.weights import fingerprint, local_part
 from mobillama.train.world import World
 
 
@@ -74,6 +79,7 @@ class Saver:
         self._under_way: Future[Saved] | None = None
         self._held_up = 0.0
         self._copies: dict[str, Tensor] = {}
+        self._reserved: Future[None] | None = None
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -81,11 +87,27 @@ class Saver:
         """Whether the save under way has come to an error; :meth:`wait` raises it."""
         return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
 
+    def reserve(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Begin to get the memory that copies of GPU tensors need, which takes seconds the first time."""
+        if self.world.device.type != "cuda":
+            return
+        whole = dict(model.named_parameters()) if self.world.is_first else {}
+        needed = {name: tensor.shape for name, tensor in whole.items()}
+        needed |= {name: local_part(p).shape for name, p in remembered_parameters(model, optimizers).items()}
+
+        def reserve() -> None:
+            for name, shape in needed.items():
+                self._copies[name] = torch.empty(shape, pin_memory=True)
+
+        self._reserved = self._thread.submit(reserve)
+
     def start(
         self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
     ) -> None:
         """Copy all tensors and begin to write the checkpoint after ``step`` steps; the save before must be waited for."""
         started = time.perf_counter()
+        if self._reserved is not None:
+            self._reserved.result()
         copies = {name: self._whole(name, tensor) for name, tensor in model.state_dict().items()}
         memory = {name: self._part(name, tensor) for name, tensor in optimizer_tensors(model, optimizers).items()}
         if self.world.device.type == "cuda":
@@ -129,15 +151,13 @@ class Saver:
         if self._mesh is None:
             on_cpu = mesh.device_type == "cpu"
             self._mesh = mesh if on_cpu else init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
-        part = self._copied(name, tensor.to_local())
+        part = self._copied(name, local_part(tensor))
         shape, stride = tensor.shape, tensor.stride()
         return DTensor.from_local(part, self._mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
             return tensor.detach().clone()
-        if name not in self._copies:  # pinned memory takes copies at full speed, but long to get
-            self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return self._copies[name].copy_(tensor.detach(), non_blocking=True)
 
     def _write(
@@ -147,7 +167,7 @@ class Saver:
         failure = ""
         digests: dict[str, str] = {}
         try:
-            writer = HuggingFaceStorageWriter(str(work / "optimizer"), save_distributed=True)
+            writer = _Writer(str(work / "optimizer"), save_distributed=True)
             save_distributed(memory, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
             if self.world.is_first:
                 save_model(work / "model", self.config, weights, self.tokenizer)
@@ -174,6 +194,27 @@ class Saver:
         dist.all_reduce(failures, group=self._group)
         if int(failures) and not failed:
             raise UsageError("")
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes a process's part of the optimizer's memory as one file, without the copy of it that the original makes."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write the tensors of a plan, with their places in the whole where the reader looks for them."""
+        tensors, places, results = {}, {}, []
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            if not isinstance(tensor, Tensor) or item.tensor_data is None:
+                raise TypeError(f"{item.index.fqn}: is no tensor, and safetensors files hold nothing else")
+            tensors[item.index.fqn] = tensor
+            places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            results.append(WriteResult(item.index, tensor.nbytes, None))
+        if tensors:
+            path = Path(self.path) / f"optimizer-{plan.storage_data['shard_index']:05d}.safetensors"
+            save_tensors(path, tensors, {"DCP_SHARDING_INFO": json.dumps(places)})
+        future: TorchFuture[list[WriteResult]] = TorchFuture()
+        future.set_result(results)
+        return future
 
 
 def _commit(work: Path, final: Path, step: int) -> dict[str, Any]:

@@ -72,7 +72,12 @@ def own_part(tensor: Tensor, world: World) -> tuple[Tensor, int]:
     """
     if not isinstance(tensor, DTensor):
         return (tensor if world.is_first else tensor.flatten()[:0]), 0
-    part, mesh = tensor.to_local(), tensor.device_mesh
+    part, mesh = local_part(tensor), tensor.device_mesh
     *copy, shard = mesh.get_coordinate() or [0]
     rows = -(-tensor.shape[0] // mesh.shape[-1])  # as torch.chunk divides them
     return (part.flatten()[:0] if any(copy) else part), shard * rows * math.prod(tensor.shape[1:])
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

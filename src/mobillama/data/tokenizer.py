@@ -347,6 +347,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
             shutil.copyfile(given, directory / name)
 
 
+@functools.cache  # a run's checkpoints all carry it
 def _fast_description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """Return the tokenizer.json of a LLaMA-type sentencepiece model: the same ids for every text.
 

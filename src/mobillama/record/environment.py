@@ -47,11 +47,11 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Return the checkout's commit, with ``+`` where files other than recorded results differ from it.
 
-    A copy without its history, in a container say, states its commit in MOBILLAMA_COMMIT; else it is None.
+    A copy without its history, in a container say, states its commit in MOBILLAMA_COMMIT, which counts before all else.
     """
     root = Path(mobillama.__file__).parents[2]
     stated = os.environ.get("MOBILLAMA_COMMIT")
-    if not (root / ".git").exists():  # an installed package may lie within a checkout of something else
+    if stated or not (root / ".git").exists():  # an installed package may lie within a checkout of something else
         return stated
     try:
         commit, changes = (

@@ -31,6 +31,7 @@ from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainReci
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 from mobillama.train.step import Stepper
+from mobillama.train.world import World
 
 RESULTS = Path(__file__).parent / "results" / "train.json"
 BF16_PEAK = 989e12  # an H100's, dense; model FLOPs utilisation (MFU) is stated as a share of it
@@ -44,6 +45,7 @@ class RandomTokens:
 
     def __init__(self, vocabulary: int, context: int, rows: int) -> None:
         self.sequence_length = context + 1
+        self.token_lengths = np.ones(vocabulary, np.int64)
         self._ids = np.random.default_rng(0).integers(0, vocabulary, (rows, context + 1))
 
     def batch(self, seed: int, step: int, batch_size: int, part: slice) -> Batch:
@@ -64,7 +66,7 @@ def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool,
         activation_checkpointing=memory,  # type: ignore[arg-type]
     )
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
-    stepper = Stepper(recipe, data)
+    stepper = Stepper(recipe, data, World(0, 1, 1, torch.device(args.device)))
 
     def step(number: int) -> float:
         numbers = stepper.gradient(number)

@@ -306,9 +306,13 @@ class TrainConfig:
     deterministic: bool = False
     """Make GPU steps repeatable to the bit, flash attention's backward pass too; slower."""
     checkpoint_every: int = 2134
-    """Steps between checkpoints; the last step always writes one. The default is about one of Amber's 360 chunks."""
+    """Distance of checkpoints; the last step always writes one. The default is about one of Amber's 360 chunks."""
+    checkpoint_unit: Literal["steps", "tokens", "chunks"] = "steps"
+    """What checkpoint_every counts: steps, tokens, or chunks of the data that were learned from."""
     keep_checkpoints: int = 0
     """Newest checkpoints to keep; 0 keeps all (the paper publishes every one)."""
+    keep_every: int = 0
+    """With keep_checkpoints: keep for good those whose step is a multiple of this; 0: none."""
     validate_every: int = 2134
     """Steps between validations on the hold-out; the last step always validates. 0: never."""
     validate_sequences: int = 256
@@ -323,7 +327,14 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
         _require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
-        for name in ("shard_ranks", "keep_checkpoints", "validate_every", "validate_sequences", "inspect_every"):
+        for name in (
+            "shard_ranks",
+            "keep_checkpoints",
+            "keep_every",
+            "validate_every",
+            "validate_sequences",
+            "inspect_every",
+        ):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 
@@ -362,6 +373,8 @@ RESUMABLE_CHANGES = frozenset(
         "train.compile",
         "train.activation_checkpointing",
         "train.checkpoint_every",
+        "train.checkpoint_unit",
+        "train.keep_every",
         "train.keep_checkpoints",
         "train.validate_every",
         "train.validate_sequences",

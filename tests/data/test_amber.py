@@ -275,7 +275,7 @@ def test_training_reads_an_import_front_to_back_and_needs_no_holdout(recipe_file
     overrides = ["--data", str(tmp_path / "in"), "--seed", "0", "--train.steps", "3", "--train.validate_every", "1"]
     pretrain(load_recipe(PretrainRecipe, recipe_file, overrides), Silent())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["kind"] for record in records] == ["step"] * 3
+    assert [record["kind"] for record in records] == ["step"] * 3 + ["checkpoint"]
     assert records[0]["loss_by_source"].keys() == set(dataset.source_names)
 
 

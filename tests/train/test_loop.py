@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,13 @@ from mobillama.errors import CorruptDataError, DivergedError, Stopped, UsageErro
 from mobillama.recipe import PretrainRecipe
 from mobillama.record.chain import read_chain
 from mobillama.report.picture import draw_loss
+from mobillama.train import saver
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
 from mobillama.train.objective import document_ids
 from mobillama.train.step import StepNumbers, Stepper
+from mobillama.train.weights import fingerprint
+from mobillama.train.world import World
 
 COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
 
@@ -393,3 +397,83 @@ def test_a_data_set_without_hold_out_has_no_validation(recipe_file, prepare_reci
     prepare(dataclasses.replace(prepare_recipe, holdout=0.0), tmp_path / "all")
     pretrain(recipe_of(recipe_file, "--data", str(tmp_path / "all")), Silent())
     assert "validation" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_slow_storage_stalls_no_step_but_the_next_save_and_is_told(recipe_file, tmp_path, monkeypatch):
+    flush = saver.fsync_tree
+    monkeypatch.setattr(saver, "fsync_tree", lambda path: (time.sleep(2), flush(path)))
+    reporter = Silent()
+    pretrain(recipe_of(recipe_file), reporter)
+    told = [note for note in reporter.notes if "training stood still" in note]
+    assert len(told) == 3
+    assert "save less often (train.checkpoint_every) or to faster storage" in told[0]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "checkpoint" and r["held_up"] > 1] == [4, 8, 12]
+    assert max(r["seconds"] for r in records if r["kind"] == "step") < 1.5
+    monkeypatch.undo()
+    pretrain(recipe_of(recipe_file, "--run", str(tmp_path / "other")), Silent())
+    assert_same_bits(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_signal_in_mid_save_waits_for_it_and_saves(recipe_file, tmp_path, monkeypatch):
+    commit, sent = saver.write_manifest, []
+
+    def slow(*words):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        time.sleep(0.5)
+        return commit(*words)
+
+    monkeypatch.setattr(saver, "write_manifest", slow)
+    with pytest.raises(Stopped) as stopped:
+        pretrain(recipe_of(recipe_file), Silent())
+    assert stopped.value.exit_code == 75
+    monkeypatch.undo()
+    whole = [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert whole[0] == 4 and len(whole) == 2
+    pretrain(recipe_of(recipe_file), Silent())
+    pretrain(recipe_of(recipe_file, "--run", str(tmp_path / "other")), Silent())
+    assert_same_bits(tmp_path / "run", tmp_path / "other", same_cadence=False)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(recipe_file, tmp_path):
+    """The trainer's own error on a file system of half a mebibyte, where the machine lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", small]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        done = run_cli("pretrain", recipe_file, "--run", small / "run", "--train.steps", "100")
+        assert done.returncode == 2
+        assert "cannot be written (No space left on device); free space and run the same command again" in done.stderr
+        checkpoints = small / "run" / "checkpoints"
+        assert newest_whole_checkpoint(checkpoints)[0] is not None
+        assert not list(checkpoints.glob(".*"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_steps_tell_what_they_took_and_weights_are_looked_at(recipe_file, tmp_path):
+    pytest.importorskip("tensorboard")
+    pretrain(recipe_of(recipe_file, "--train.inspect_every", "4", "--train.sink", "tensorboard"), Silent())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert all(step["tokens_per_second"] > 0 and step["data_wait"] >= 0 and step["memory_gib"] > 0 for step in steps)
+    assert steps[0]["bits_per_byte"] == pytest.approx(steps[0]["loss"] / math.log(2) / 1.6, rel=0.3)  # bytes a token
+    ratios = [step["update_ratio"] for step in steps if "update_ratio" in step]
+    assert len(ratios) == 3
+    assert set(ratios[0]) == {"embedding", "attention", "feed-forward", "norms", "head"}
+    assert all(0 < ratio < 1 for ratio in ratios[0].values())
+    prints = [line["weights"] for line in read_chain(tmp_path / "run" / "ledger.jsonl") if "weights" in line]
+    assert len(set(prints)) == 3
+    last = load_file(newest_whole_checkpoint(tmp_path / "run" / "checkpoints")[0] / "model" / "model.safetensors")
+    assert prints[-1] == fingerprint(last, World(0, 1, 1, torch.device("cpu")))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_a_sink_that_is_not_installed_is_named(recipe_file):
+    for sink in ("trackio", "wandb"):
+        if find_spec(sink) is None:
+            with pytest.raises(UsageError, match=f"train.sink: needs {sink}; pip install {sink}"):
+                pretrain(recipe_of(recipe_file, "--train.sink", sink), Silent())

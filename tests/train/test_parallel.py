@@ -150,6 +150,21 @@ def test_a_killed_process_is_noticed_and_torchrun_starts_all_anew(recipe_file, t
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+def test_a_signal_to_torchrun_saves_once_though_it_comes_twice(recipe_file, tmp_path):
+    words = ("-m", "--", "mobillama", "pretrain", recipe_file, "--train.steps", "100000")
+    process = subprocess.Popen(
+        torchrun(2, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not list_checkpoints(checkpoints):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or Slurm does: torchrun and its processes
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (said,) = re.findall(r"saved after step (\d+); run the same command again", errors)
+    assert list_checkpoints(checkpoints)[-1][0] == int(said)
+
+
 def rank_process(parent: int, rank: int) -> int:
     """Return the process of a rank among torchrun's children."""
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -29,6 +29,10 @@ def add(verbs: Verbs) -> None:
     verb = add_verb(verbs, "pretrain", _pretrain, "pre-train a model; the same command resumes a run", _pretrain_recipe)
     verb.add_argument("recipe", type=Path, help="a pre-training recipe (YAML)")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and leave")
+    verb.add_argument("--dry-run", action="store_true", help="print memory, steps, checkpoints, disk, hours, and leave")
+    verb.add_argument("--gpus", type=int, default=1, help="for --dry-run: number of GPUs (default: %(default)s)")
+    verb.add_argument("--gpu", default="H100", help="for --dry-run: kind of GPU (default: %(default)s)")
+    verb.add_argument("--gpus-per-node", type=int, default=8, help="for --dry-run: GPUs of a machine (default: 8)")
 
     verb = add_verb(verbs, "evaluate", _evaluate, "bits per byte on the hold-out")
     verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
@@ -67,6 +71,11 @@ def _pretrain(args: argparse.Namespace) -> None:
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides)
     if args.print_config:
         print(to_yaml(recipe), end="")
+        return
+    if args.dry_run:
+        from mobillama.workflows.plan import show_plan
+
+        show_plan(recipe, args.gpus, args.gpu, args.gpus_per_node)
         return
     from mobillama.console import TrainingView, progress
     from mobillama.train.loop import Silent, pretrain

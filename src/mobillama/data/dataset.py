@@ -14,7 +14,7 @@ from mobillama.data.layout import GivenLayout, Layout, SourceCount
 from mobillama.data.ledger import Ledger
 from mobillama.data.order import order
 from mobillama.data.store import SequenceFile
-from mobillama.data.tokenizer import Tokenizer, load_tokenizer
+from mobillama.data.tokenizer import Tokenizer, load_tokenizer, token_lengths
 from mobillama.errors import UsageError
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
@@ -102,11 +102,21 @@ class Dataset:
         """
         verify_manifest(self.path, self.manifest, hashed=False)
 
+    @property
+    def chunk_ends(self) -> list[int]:
+        """The number of training sequences in the first chunk, in the first two, and so on."""
+        return [int(end) for end in self._chunk_starts[1:]]
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids, its files checked against the manifest."""
         verify_manifest(self.path, self.manifest, "tokenizer/")
         return load_tokenizer(self.path / "tokenizer")
+
+    @functools.cached_property
+    def token_lengths(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for; end marks stand for none."""
+        return token_lengths(self.tokenizer)
 
     def rows_of_step(self, seed: int, step: int, batch_size: int) -> NDArray[np.int64]:
         """Return the stored rows of step ``step`` (from 0), in order; epochs follow one another without a gap.

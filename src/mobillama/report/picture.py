@@ -50,6 +50,57 @@ def draw_loss(run: Path, out: Path, yardsticks: dict[str, float] | None = None) 
         figure.savefig(temporary, format="png")
 
 
+def draw_run(run: Path, out: Path, killed: int = 0, resumed: int = 0) -> None:
+    """Draw what a run's metrics.jsonl tells of each step, as a PNG: loss, gradient norm, speed, energy, update ratios.
+
+    Args:
+        run: a run directory.
+        out: the file to write.
+        killed: a step after which the run was killed, to be marked; 0: none.
+        resumed: the step from which it then went on.
+    """
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["kind"] == "step" and "fault" not in line]
+    number = [line["step"] for line in steps]
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    loss, held_out, norm, speed, energy, ratio = panels
+    for name in sorted({name for line in steps for name in line["loss_by_source"]}):
+        seen = [(line["step"], line["loss_by_source"][name]) for line in steps if name in line["loss_by_source"]]
+        loss.plot(*zip(*seen, strict=True), linewidth=0.8, label=name)
+    loss.set(title="training loss by source", ylabel="nats per token")
+    loss.legend(frameon=False)
+    held_out.plot(number, [line["bits_per_byte"] for line in steps], linewidth=0.8, label="training")
+    held = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == "validation"]
+    if held:
+        held_out.plot(*zip(*held, strict=True), marker="o", color="black", label="held out")
+    held_out.set(title="bits per byte", ylabel="bits per byte")
+    held_out.legend(frameon=False)
+    norm.plot(number, [line["gradient_norm"] for line in steps], linewidth=0.8)
+    norm.set(title="global gradient norm before clipping", yscale="log")
+    speed.plot(number, [line["tokens_per_second"] / 1000 for line in steps], linewidth=0.8)
+    speed.set(title="speed", ylabel="thousand tokens/s", ylim=(0, None))
+    spent = [(line["step"], sum(line["joules"].values()) / line["seconds"]) for line in steps if "joules" in line]
+    if spent:
+        energy.plot(*zip(*spent, strict=True), linewidth=0.8)
+    kind = "measured" if any("measured" in line.get("joules", {}) for line in steps) else "estimated"
+    energy.set(title=f"power of the GPU ({kind})", ylabel="watts", ylim=(0, None))
+    for name in sorted({name for line in steps for name in line.get("update_ratio", {})}):
+        seen = [(line["step"], line["update_ratio"][name]) for line in steps if "update_ratio" in line]
+        ratio.plot(*zip(*seen, strict=True), marker=".", linewidth=0.8, label=name)
+    ratio.set(title="norm of the update / norm of the weights", yscale="log")
+    if ratio.lines:
+        ratio.legend(frameon=False, fontsize=8)
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if killed:
+            axes.axvspan(resumed, killed, color="tab:red", alpha=0.12)
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def draw_corpus(facts: dict[str, Any], paper: dict[str, float], out: Path) -> None:
     """Draw the make-up of a corpus as a PNG: each source's share beside the paper's, and what became of its documents.
 

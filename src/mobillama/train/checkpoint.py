@@ -65,16 +65,17 @@ def remove_leftovers(directory: Path) -> list[Path]:
     return leftovers
 
 
-def keep_newest(directory: Path, step: int, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints up to ``step`` (0 keeps all).
+def keep_newest(directory: Path, step: int, count: int, every: int = 0) -> None:
+    """Remove all but the ``count`` newest checkpoints up to ``step`` (0 keeps all) and those at multiples of ``every``.
 
     Newer ones are those that a resume passed over as damaged: they are replaced when their step comes again. The manifest
     goes first, so that no checkpoint is left half.
     """
-    past = [path for number, path in list_checkpoints(directory) if number <= step]
-    for path in past[:-count] if count else []:
-        (path / MANIFEST_NAME).unlink()
-        shutil.rmtree(path)
+    past = [(number, path) for number, path in list_checkpoints(directory) if number <= step]
+    for number, path in past[:-count] if count else []:
+        if not every or number % every:
+            (path / MANIFEST_NAME).unlink()
+            shutil.rmtree(path)
 
 
 def newest_whole_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:

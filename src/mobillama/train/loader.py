@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
 from threading import Thread
 
@@ -72,6 +72,11 @@ class Loader:
         self.waited += time.perf_counter() - started
         self._ahead = {step + 1: self._start(step + 1)}
         return batches
+
+    def close(self) -> None:
+        """Wait for a reader that is at work: an interpreter that ends under a thread's feet crashes."""
+        for future in self._ahead.values():
+            wait([future], _PATIENCE)
 
     def _start(self, step: int) -> Future[list[Batch]]:
         # A thread of its own for each step: one that hangs stands in nobody's way, and the process may end without it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from mobillama.recipe import RESUMABLE_CHANGES, PretrainRecipe
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, sha256_json, write_json, write_text
 from mobillama.record.lock import locked
+from mobillama.train.cadence import checkpoint_due
 from mobillama.train.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -36,7 +37,7 @@ from mobillama.train.validation import combined, validate
 from mobillama.train.weights import Movement, fingerprint
 from mobillama.train.world import World, join_world
 
-_LONG = 2.0  # seconds that a checkpoint may hold training up before a person is told
+_LONG = 1.0  # seconds that a checkpoint may hold training up before a person is told
 
 
 class Reporter(Protocol):
@@ -84,13 +85,13 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
         DivergedError: a loss or gradient norm is not finite; the last checkpoint stays as it was.
         Stopped: SIGINT or SIGTERM came; the run saved itself.
     """
-    dataset = Dataset(Path(recipe.data))
-    dataset.check_sizes()
-    _check_fit(recipe, dataset)
     run = Path(recipe.run)
     with join_world(recipe.train.device) as world, ExitStack() as held:
 
         def claim() -> dict[str, Any]:
+            dataset = Dataset(Path(recipe.data))
+            dataset.check_sizes()
+            _check_fit(recipe, dataset, world)
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run, "a trainer"))
             facts = {**environment(), "device": describe_device(world.device), "processes": world.size}
@@ -99,6 +100,7 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
             return facts
 
         facts = world.share(claim)
+        dataset = Dataset(Path(recipe.data))
         return _Run(recipe, dataset, run, world, reporter if world.is_first else Silent(), facts).execute()
 
 
@@ -118,8 +120,9 @@ class _Run:
         self.checkpoints = run / "checkpoints"
         self.stepper = Stepper(recipe, dataset, world, reporter.on_note)
         self.watch = Watch(recipe.faults)
-        keep = recipe.train.keep_checkpoints
-        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep)
+        keep, keep_every = recipe.train.keep_checkpoints, recipe.train.keep_every
+        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep, keep_every)
+        self.is_due = checkpoint_due(recipe.train, dataset.sequence_length - 1, dataset.chunk_ends)
         self.saver.reserve(self.stepper.model, self.stepper.optimizers)
         self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
         sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
@@ -139,7 +142,7 @@ class _Run:
             "data": self.dataset.digest,
             "root": self.dataset.root.hex(),
         }
-        with self.records.open(first), stop_flag(self.reporter.on_note) as stop:
+        with closing(self.stepper.loader), self.records.open(first), stop_flag(self.reporter.on_note) as stop:
             if path is not None:
                 self.saver.resume(path)
             while done < train.steps:
@@ -154,12 +157,13 @@ class _Run:
                 stops, failures = self._flags(stop.requested, self.saver.failed)
                 if failures:
                     self._finish_save()
-                if last or stops or done % train.checkpoint_every == 0:
+                if last or stops or self.is_due(done):
                     self._save(done)
                 if stops and not last:
                     self._finish_save()
                     saved = checkpoint_path(self.checkpoints, done)
-                    raise Stopped(f"{saved}: saved after step {done}; run the same command again to go on")
+                    said = f"{saved}: saved after step {done}; run the same command again to go on"
+                    raise Stopped(said if self.world.is_first else "")
             self._finish_save()
         return checkpoint_path(self.checkpoints, done)
 
@@ -200,7 +204,7 @@ class _Run:
     def _check_fresh(self) -> None:
         """Refuse to start anew where there must have been a checkpoint: the first is whole when the second is begun."""
         run, steps = self.records.run, recorded_steps(self.records.run)
-        if steps > 2 * self.recipe.train.checkpoint_every:
+        if sum(map(self.is_due, range(1, steps))) > 1:
             raise UsageError(
                 f"{run / METRICS_FILE}: records {steps} steps, but {self.checkpoints} holds no checkpoint; "
                 f"restore them, or remove {run} to start anew"
@@ -264,11 +268,12 @@ class _Run:
         self._finish_save()
         path = self.world.share(lambda: str(newest_whole_checkpoint(self.checkpoints)[0] or ""))
         if self.watch.rollbacks >= self.recipe.faults.max_rollbacks or not path:
-            raise DivergedError(
+            remedy = (
                 f"step {done}: {said}, and faults allows no more; lower optimizer.learning_rate and start a new run, set "
                 "faults.max_skips or faults.max_rollbacks, or look at this step's data: mobillama data show "
                 f"{self.records.run} --step {done}"
             )
+            raise DivergedError(remedy if self.world.is_first else "")
         state = self._load(Path(path))
         rollbacks = self.watch.rollbacks
         self.watch.load({**state["faults"], "rollbacks": rollbacks})
@@ -332,8 +337,13 @@ def defining(recipe: PretrainRecipe) -> dict[str, Any]:
     return {key: value for key, value in flatten(resolved(recipe)).items() if key not in RESUMABLE_CHANGES}
 
 
-def _check_fit(recipe: PretrainRecipe, dataset: Dataset) -> None:
-    """Refuse a model that cannot learn this data, and data whose tokenizer is damaged."""
+def _check_fit(recipe: PretrainRecipe, dataset: Dataset, world: World) -> None:
+    """Refuse a model that cannot learn this data, a batch that cannot be shared, and a damaged tokenizer."""
+    if recipe.train.batch_size % world.size:
+        raise UsageError(
+            f"train.batch_size: {world.size} processes cannot share {recipe.train.batch_size} sequences equally; "
+            "start a number of processes that divides it"
+        )
     ids = dataset.tokenizer.vocab_size
     if recipe.model.vocab_size != ids:
         raise UsageError(

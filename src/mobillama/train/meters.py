@@ -14,24 +14,24 @@ from mobillama.model.cost import model_cost
 from mobillama.recipe import ModelConfig
 from mobillama.train.world import World
 
-# Dense bfloat16 FLOP/s and board power in watts, from the vendor's data sheets; the first pattern that a name holds counts.
-_GPUS = (
-    (r"H100 PCIe", 756e12, 350),
-    (r"H100 NVL", 835e12, 400),
-    (r"H100|H200|GH200", 989e12, 700),
-    (r"B200", 2250e12, 1000),
-    (r"A100.*PCI", 312e12, 300),
-    (r"A100", 312e12, 400),
-    (r"L40S", 362e12, 350),
-    (r"A10G", 70e12, 300),
-    (r"RTX 4090", 165e12, 450),
-    (r"RTX 3090", 71e12, 350),
+# Name, pattern of torch's name for it, dense bfloat16 FLOP/s, board power in watts; from the vendor's data sheets.
+GPUS = (
+    ("H100 PCIe", r"H100 PCIe", 756e12, 350),
+    ("H100 NVL", r"H100 NVL", 835e12, 400),
+    ("H100", r"H100|GH200", 989e12, 700),
+    ("H200", r"H200", 989e12, 700),
+    ("B200", r"B200", 2250e12, 1000),
+    ("A100", r"A100", 312e12, 400),
+    ("L40S", r"L40S", 362e12, 350),
+    ("A10G", r"A10G", 70e12, 300),
+    ("RTX 4090", r"RTX 4090", 165e12, 450),
+    ("RTX 3090", r"RTX 3090", 71e12, 350),
 )
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return a GPU's dense bfloat16 FLOP/s by its name, or None where it is not known."""
-    return next((flops for pattern, flops, _ in _GPUS if re.search(pattern, device_name)), None)
+    return next((flops for _, pattern, flops, _ in GPUS if re.search(pattern, device_name)), None)
 
 
 class Meters:
@@ -46,7 +46,7 @@ class Meters:
         cuda = world.device.type == "cuda"
         name = torch.cuda.get_device_name(world.device) if cuda else ""
         self._peak = peak_flops(name)
-        self._watts = next((watts for pattern, _, watts in _GPUS if re.search(pattern, name)), None)
+        self._watts = next((watts for _, pattern, _, watts in GPUS if re.search(pattern, name)), None)
         self._counter = _EnergyCounter(world.device) if cuda else None
         self._last, self._joules = time.perf_counter(), self._counter.joules() if self._counter else None
 

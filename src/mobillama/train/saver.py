@@ -69,10 +69,20 @@ class Saver:
         config: the model's shape.
         tokenizer: goes with the model.
         keep: newest checkpoints to keep; 0 keeps all.
+        keep_every: of the others, those at multiples of this step are kept; 0: none.
     """
 
-    def __init__(self, directory: Path, world: World, config: ModelConfig, tokenizer: Tokenizer, keep: int) -> None:
-        self.directory, self.world, self.config, self.tokenizer, self.keep = directory, world, config, tokenizer, keep
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        keep: int = 0,
+        keep_every: int = 0,
+    ) -> None:
+        self.directory, self.world, self.config, self.tokenizer = directory, world, config, tokenizer
+        self.keep, self.keep_every = keep, keep_every
         # A group of its own: what it does in the background must not mix with what training does.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -173,7 +183,7 @@ class Saver:
                 save_model(work / "model", self.config, weights, self.tokenizer)
                 write_json(work / "state.json", state)
                 digests = _digests(_commit(work, final, step), state)
-                keep_newest(self.directory, step, self.keep)
+                keep_newest(self.directory, step, self.keep, self.keep_every)
         except CheckpointException as error:
             failure = "; ".join(_reason(each) for each, _ in error.failures.values())
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +19,15 @@ class StopFlag:
 
 @contextmanager
 def stop_flag(on_note: Callable[[str], None]) -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
+    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once, but under torchrun."""
     flag = StopFlag()
+    # torchrun passes on what a terminal or Slurm has sent to its processes already, and ends those that take too long.
+    later = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
 
     def request(number: int, frame: FrameType | None) -> None:
         flag.requested = True
         for each in previous:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, later)
         on_note("stopping after this step and saving; once more stops at once, without saving")
 
     previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}

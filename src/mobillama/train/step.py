@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mobillama.data.dataset import Dataset
-from mobillama.data.tokenizer import token_lengths
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import PretrainRecipe
@@ -49,11 +48,11 @@ class Stepper:
     Args:
         recipe: the run.
         dataset: what it learns from.
-        world: the processes that share a step.
+        world: the processes that share a step; their number divides the batch.
         on_note: told what a person should read.
 
     Raises:
-        UsageError: the processes cannot share a batch equally, or the device lacks what the recipe asks for.
+        UsageError: the device lacks what the recipe asks for.
     """
 
     def __init__(
@@ -65,11 +64,6 @@ class Stepper:
     ) -> None:
         train = recipe.train
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, world.device
-        if train.batch_size % world.size:
-            raise UsageError(
-                f"train.batch_size: {world.size} processes cannot share {train.batch_size} sequences equally; "
-                f"start a number of processes that divides it"
-            )
         if train.deterministic:
             make_deterministic()
         if train.float8 and not has_float8(self.device):
@@ -79,7 +73,6 @@ class Stepper:
         self.precision = choose_precision(train.precision, self.device)
         self.tokens = train.batch_size * (dataset.sequence_length - 1)
         self.loader = Loader(dataset, recipe.seed, train.batch_size, train.micro_batch_size, world, on_note)
-        self._lengths = token_lengths(dataset.tokenizer)
 
         self.model = MobiLlama(recipe.model)
         initialise(self.model, recipe.model, recipe.seed)
@@ -113,7 +106,7 @@ class Stepper:
             torch.autograd.backward(total * self.world.size / self.tokens)
             nats.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
-            size += int(self._lengths[batch.ids[:, 1:]].sum())
+            size += int(self.dataset.token_lengths[batch.ids[:, 1:]].sum())
         limit = self.recipe.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mobillama.data.dataset import Dataset
-from mobillama.data.tokenizer import token_lengths
 from mobillama.train.world import World
 
 
@@ -54,7 +53,6 @@ def validate(
         limit: sequences of a source.
         progress: told (sequences done, all sequences).
     """
-    lengths = token_lengths(dataset.tokenizer)
     rows = {name: dataset.holdout_file(name).rows for name in dataset.source_names}
     rows = {name: min(count, limit) if limit else count for name, count in rows.items()}
     total, done = sum(rows.values()), 0
@@ -69,7 +67,7 @@ def validate(
                 ids = dataset.holdout(name, mine or 1, first if mine else 0)
                 losses_bt = losses(torch.from_numpy(ids).to(world.device))[:mine]
                 scored = ids[:mine, 1:]
-                text = torch.tensor([scored.size, int(lengths[scored].sum())], dtype=torch.float64)
+                text = torch.tensor([scored.size, int(dataset.token_lengths[scored].sum())], dtype=torch.float64)
                 sums += torch.cat([losses_bt.double().sum()[None], text.to(world.device)])
                 done += min(batch_size * world.size, count - start)
                 progress(done, total)

@@ -35,6 +35,7 @@ with join_world("cpu") as world:
         with Sent() as sent:
             stepper.gradient(step)
         stepper.update(1e-3)
+    stepper.loader.close()
     if world.is_first:
         counts = dict(sent.counts)
         Path(sys.argv[2]).write_text(json.dumps({"counts": counts, "fingerprint": before}))

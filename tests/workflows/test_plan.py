@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import run_cli
+from mobillama.config import load_recipe
+from mobillama.errors import UsageError
+from mobillama.recipe import PRESETS, PretrainRecipe
+from mobillama.workflows.plan import plan
+
+PAPER = Path(__file__).parents[2] / "recipes" / "paper"
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_recipes_are_the_papers(path):
+    recipe = load_recipe(PretrainRecipe, path, [])
+    tokens = recipe.train.steps * recipe.train.batch_size * 2048
+    assert tokens == pytest.approx(120e9 if "120b" in path.stem else 1.2e12, rel=1e-5)
+    at = recipe.optimizer
+    assert (at.beta1, at.beta2, at.weight_decay, at.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert (at.learning_rate, at.min_learning_rate, at.warmup_steps, at.kind, at.schedule) == (
+        3e-4,
+        3e-5,
+        2000,
+        "adamw",
+        "cosine",
+    )
+    assert recipe.train.batch_size == 160 * recipe.train.micro_batch_size == 800
+    assert recipe.model in [config for config, _ in PRESETS.values()]
+    assert not (
+        recipe.train.z_loss or recipe.train.mask_documents or recipe.model.qk_norm or recipe.model.scale_residual_init
+    )
+
+
+def test_a_plan_says_what_the_papers_run_takes():
+    recipe = load_recipe(PretrainRecipe, PAPER / "mobillama-0.5b.yaml", [])
+    facts = plan(recipe, 160, "A100", 8)
+    assert facts["checkpoints"] == 344
+    assert facts["state_gib"] == pytest.approx(16 * 534_865_920 / 2**30)
+    assert facts["micro_batches"] == 1
+    assert facts["disk_gb"] == pytest.approx(344 * 12 * 534_865_920 / 1e9)
+    sharded = load_recipe(PretrainRecipe, PAPER / "mobillama-0.5b.yaml", ["--train.parallelism", "hsdp"])
+    assert plan(sharded, 160, "A100", 8)["state_gib"] == pytest.approx(2 * 534_865_920 / 2**30)
+
+
+def test_a_plans_memory_is_near_what_was_measured():
+    """One H100, micro-batch 16, compiled: 47.1 GiB, with selective checkpointing 39.6 (docs/training.md)."""
+    for mode, measured in (("none", 47.1), ("selective", 39.6)):
+        options = ["--train.micro_batch_size", "16", "--train.activation_checkpointing", mode]
+        facts = plan(load_recipe(PretrainRecipe, PAPER / "mobillama-0.5b.yaml", options), 1, "H100", 8)
+        assert facts["state_gib"] + facts["activations_gib"] == pytest.approx(measured, rel=0.1)
+
+
+def test_a_dry_run_writes_nothing_and_refuses_what_cannot_be(recipe_file, tmp_path):
+    done = run_cli("pretrain", recipe_file, "--dry-run", "--gpus", "2", "--gpu", "A100")
+    assert done.returncode == 0, done.stderr
+    assert "3 written, 3 on disk" in done.stdout
+    assert not (tmp_path / "run").exists()
+    recipe = load_recipe(PretrainRecipe, recipe_file, [])
+    with pytest.raises(UsageError, match="'Abacus' is not known; use one of H100"):
+        plan(recipe, 1, "Abacus", 8)
+    with pytest.raises(UsageError, match="3 devices cannot share"):
+        plan(recipe, 3, "H100", 8)

@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,23 +176,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure each contender in a process of its own."""
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure each contender in a process of its own; yield what is known after each of them."""
     found: dict[str, Any] = {}
     for name in args.contenders:
         note(f"{args.preset}: {name} …")
         command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        found[name] = json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1:]}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            found[name] = json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1:]}
+        except subprocess.TimeoutExpired:
+            found[name] = {"error": [f"took longer than {args.limit} s"]}
         note(f"  {found[name].get('tokens_per_second', found[name])}")
+        yield {"contenders": found, "ratios": ratios_of(found)}
+
+
+def ratios_of(found: dict[str, Any]) -> dict[str, float]:
+    """Return our speeds over those of the contenders of the same precision."""
     ratios = {}
     for mine in (name for name in found if name.startswith("ours") and "tokens_per_second" in found[name]):
         rivals = RIVALS["ours, float8" if "float8" in mine else "ours"]
         for name in (*rivals, "transformers", "transformers, eager"):
             if "tokens_per_second" in found.get(name, {}):
                 ratios[f"{mine} / {name}"] = found[mine]["tokens_per_second"] / found[name]["tokens_per_second"]
-    return {"contenders": found, "ratios": ratios}
+    return ratios
 
 
 def show(title: str, result: dict[str, Any]) -> None:
@@ -228,9 +236,11 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args)))
         return
-    result = {"environment": environment(), "micro_batch": args.micro_batch, **compare(args)}
     key = f"{args.preset} {args.device}{' data' if args.data else ''}"
-    write_json(args.out, {**(read_json(args.out) if args.out.exists() else {}), key: result})
+    known = read_json(args.out) if args.out.exists() else {}
+    for compared in compare(args):
+        result = {"environment": environment(), "micro_batch": args.micro_batch, **compared}
+        write_json(args.out, {**known, key: result})
     show(key, result)
 
 

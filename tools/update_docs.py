@@ -170,6 +170,58 @@ def data_plan() -> str:
     return "\n".join(lines)
 
 
+def faults() -> str:
+    """Return the table of benchmarks/faults.py."""
+    done = load("faults")
+    flips, borders, kills = done["flips"], done["borders"], done["kills"]
+    same = (
+        "the same ledger, weights and moments"
+        if kills["same_ledger"] and kills["same_weights_and_moments"]
+        else "**no**"
+    )
+    rows = [
+        (
+            f"{kills['kills']} × SIGKILL at random moments, {kills['inside_a_save']} of them inside a save",
+            f"{same} as a run that was left alone; {kills['left_behind']} files left behind",
+            kills,
+        ),
+        (
+            f"SIGKILL at each of the {borders['borders']} system calls of a save that change the disk",
+            f"{borders['half_one_loaded']} half checkpoints loaded; the one before was used {borders['old_one_used']} times",
+            borders,
+        ),
+        (
+            f"{flips['faults']:,} flipped bits and cut files (1,000 and 16 in each of {flips['files']} files, or all bits)",
+            f"{flips['caught']:,} caught, the checkpoint before used",
+            flips,
+        ),
+    ]
+    lines = ["| done to a run | found | measured |", "|---|---|---|"]
+    lines += [f"| {what} | {found} | {_measured(part['environment'])} |" for what, found, part in rows]
+    return "\n".join(lines)
+
+
+def resume() -> str:
+    """Return what the killed and resumed run on a GPU showed."""
+    done = json.loads((ROOT / "docs" / "experiments" / "h100-resume" / "summary.json").read_text(encoding="utf-8"))
+    saves = done["held_up_seconds"][:-2]  # the last two had the next save or the end on their heels
+    validations = ", ".join(f"{value:.3f} at step {step}" for step, value in done["held_out_bits_per_byte"])
+    rows = [
+        ("steps · tokens", f"{done['steps']:,} · {done['tokens']:,}"),
+        ("training", f"{done['training_seconds']:.0f} s"),
+        ("killed · resumed", f"after step {done['killed_after_step']} · after step {done['resumed_after_step']}"),
+        ("steps computed again", f"{done['computed_again']}, {done['computed_again_with_equal_bits']} with equal bits"),
+        ("tokens/s, median", f"{done['tokens_per_second']:,.0f} (deterministic; MFU {done['mfu']:.1%})"),
+        ("training held up by a checkpoint", f"{sum(saves) / len(saves):.2f} s, its files written in the background"),
+        ("waited for data, in all", f"{done['data_wait_seconds']:.2f} s"),
+        ("energy of the GPU", f"{done['kilojoules']:.0f} kJ, measured"),
+        ("held-out bits per byte", validations),
+    ]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    said = f"{done['environment']['device']}, {_measured(done['environment'], 'torch')}"
+    return "\n".join([*lines, "", f"`python benchmarks/resume.py kill|finish|report`; {said}."])
+
+
 def _said(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "**no**"
@@ -189,6 +241,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "data-speed": (ROOT / "docs" / "data.md", data_speed),
     "corpus-table": (ROOT / "docs" / "data.md", corpus_table),
     "corpus-proofs": (ROOT / "docs" / "data.md", corpus_proofs),
+    "faults": (ROOT / "docs" / "training.md", faults),
+    "h100-resume": (ROOT / "docs" / "training.md", resume),
     "data-plan": (ROOT / "docs" / "data.md", data_plan),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_loop import assert_same_bits
 
 from conftest import run_cli
@@ -20,7 +21,7 @@ from mobillama.config import load_recipe
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.record.chain import read_chain
-from mobillama.train.checkpoint import list_checkpoints
+from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import World
@@ -67,6 +68,21 @@ def test_processes_together_compute_what_one_does_alone(recipe_file, alone, tmp_
         for run in (tmp_path / "run", alone)
     )
     assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_muon_orthogonalises_whole_matrices_though_they_are_shared_out(recipe_file, tmp_path):
+    """To the rounding of its bfloat16 iteration; a share of each matrix by itself would make other updates."""
+    muon = ["--optimizer.kind", "muon", "--train.steps", "6"]
+    done = launch(2, "-m", "--", "mobillama", "pretrain", recipe_file, *muon, "--train.parallelism", "fsdp")
+    assert done.returncode == 0, done.stderr
+    pretrain(load_recipe(PretrainRecipe, recipe_file, [*muon, "--run", str(tmp_path / "alone")]), Silent())
+    ours, theirs = (newest_whole_checkpoint(tmp_path / run / "checkpoints")[0] for run in ("run", "alone"))
+    start = MobiLlama(load_recipe(PretrainRecipe, recipe_file, []).model)
+    initialise(start, load_recipe(PretrainRecipe, recipe_file, []).model, 7)
+    mine, other = (load_file(path / "model" / "model.safetensors") for path in (ours, theirs))
+    for name, weight in start.state_dict().items():
+        moved, expected = mine[name] - weight, other[name] - weight
+        assert (moved - expected).norm() < 0.1 * expected.norm(), name
 
 
 def test_a_run_goes_on_in_another_number_of_processes(recipe_file, alone, tmp_path):

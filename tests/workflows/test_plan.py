@@ -46,7 +46,7 @@ def test_a_plan_says_what_the_papers_run_takes():
 
 
 def test_a_plans_memory_is_near_what_was_measured():
-    """One H100, micro-batch 16, compiled: 47.1 GiB, with selective checkpointing 39.6 (docs/training.md)."""
+    """One H100, micro-batch 16, compiled, by benchmarks/train.py."""
     for mode, measured in (("none", 47.1), ("selective", 39.6)):
         options = ["--train.micro_batch_size", "16", "--train.activation_checkpointing", mode]
         facts = plan(load_recipe(PretrainRecipe, PAPER / "mobillama-0.5b.yaml", options), 1, "H100", 8)
@@ -63,3 +63,7 @@ def test_a_dry_run_writes_nothing_and_refuses_what_cannot_be(recipe_file, tmp_pa
         plan(recipe, 1, "Abacus", 8)
     with pytest.raises(UsageError, match="3 devices cannot share"):
         plan(recipe, 3, "H100", 8)
+    with pytest.raises(UsageError, match="--gpus: 0 is not a positive number"):
+        plan(recipe, 0, "H100", 8)
+    with pytest.raises(UsageError, match="--gpus-per-node: 0 is not"):
+        plan(recipe, 1, "H100", 0)

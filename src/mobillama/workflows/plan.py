@@ -39,6 +39,9 @@ def plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -> dic
     peak = peak_flops(gpu)
     if peak is None:
         raise UsageError(f"--gpu: '{gpu}' is not known; use one of {', '.join(name for name, _, _, _ in GPUS)}")
+    for option, count in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
+        if count < 1:
+            raise UsageError(f"{option}: {count} is not a positive number")
     if train.batch_size % gpus:
         raise UsageError(f"--gpus: {gpus} devices cannot share train.batch_size {train.batch_size} equally")
     has_data = (Path(recipe.data) / MANIFEST_NAME).is_file()

@@ -244,7 +244,7 @@ def test_errors_of_slurm_and_of_its_tasks_come_through(recipe, bad_recipe, slurm
     ask(slurm, "scancel", f"--user={getpass.getuser()}")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "CANCELLED" in said.splitlines()[-1]
+    assert "tasks of stage 'read and tokenise' were ended from outside" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])

@@ -346,8 +346,9 @@ class _Slurm(_Told, SlurmPipelineExecutor):
 
     def _last_words(self) -> str:
         logs = sorted((self.folder / "slurm_logs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        words = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        return words[-1] if words else "before they began"
+        lines = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        words = [line for line in lines if not line.startswith("+ ")]  # the script's own trace
+        return words[-1] if words else "their logs do not say why"
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
         """Return datatrove's script, but with quotes: paths may have spaces, those of stages do."""

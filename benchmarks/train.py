@@ -3,10 +3,15 @@
     python benchmarks/train.py                                   # one GPU: every contender on mobillama-0.5b
     python benchmarks/train.py --preset baseline2 --contenders ours plain
     python benchmarks/train.py --device cpu --preset mobillama-tiny --micro-batch 8
+    python benchmarks/train.py --data DIR --contenders ours "ours, whole run"      # what records and checkpoints cost
 
 Each contender runs in a process of its own on the same shape, batch and kind of tokens; what counts is the ratio, since
 the next machine is another one. The plain reference (benchmarks/plain.py) is compiled as a whole and layer by layer, and
-the faster of the two is what ours is compared with. A step is forward, backward, clipping and AdamW.
+the faster of the two is what ours is compared with. A step is forward, backward, clipping and AdamW; a whole run reads its
+data from disk, keeps all records and saves a checkpoint every 200 steps.
+
+"ours" is fused on a Hopper GPU (train.fused), elsewhere it is the compiled one. Peers that cannot share layers' weights
+compute the same with weights of their own, on half the micro-batch where the whole would not fit 80 GB.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +36,7 @@ from mobillama.model.cost import model_cost
 from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainRecipe, TrainConfig
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
+from mobillama.train.loop import Silent, pretrain
 from mobillama.train.step import Stepper
 from mobillama.train.world import World
 
@@ -54,17 +61,31 @@ class RandomTokens:
         return Batch(self._ids[rows], rows, np.zeros(len(rows), np.int64))
 
 
-def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, memory: str) -> Step:
-    """Our step, as a run takes it."""
-    train = TrainConfig(
+def our_train_config(args: argparse.Namespace, float8: bool, fused: bool) -> TrainConfig:
+    """How our contenders train."""
+    return TrainConfig(
+        steps=args.warm_up + args.steps,
         batch_size=args.micro_batch,
         micro_batch_size=args.micro_batch,
         precision="bfloat16",
         device=args.device,
         compile=not args.eager,
+        fused=fused and is_hopper(args.device),
         float8=float8,
-        activation_checkpointing=memory,  # type: ignore[arg-type]
+        checkpoint_every=200,
+        keep_checkpoints=1,
+        validate_every=0,
     )
+
+
+def is_hopper(device: str) -> bool:
+    """Tell whether the fused step runs there."""
+    return device.startswith("cuda") and torch.cuda.get_device_capability()[0] == 9
+
+
+def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, fused: bool) -> Step:
+    """Our step, as a run takes it."""
+    train = our_train_config(args, float8, fused)
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
     stepper = Stepper(recipe, data, World(0, 1, 1, torch.device(args.device)))
 
@@ -74,6 +95,32 @@ def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool,
         return numbers.loss
 
     return step
+
+
+class Clock(Silent):
+    """Notes when each step of a run was recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Note the time."""
+        if record["kind"] == "step":
+            self.times.append(time.perf_counter())
+
+
+def whole_run(config: ModelConfig, args: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds of 200 steps of a run, a checkpoint's copy and its writing among them, and those of one step."""
+    if not args.data:
+        raise SystemExit("a whole run reads prepared data: --data DIR")
+    with tempfile.TemporaryDirectory() as directory:
+        train = dataclasses.replace(our_train_config(args, False, True), steps=262)
+        optimizer = OptimizerConfig(warmup_steps=0)
+        clock = Clock()
+        pretrain(PretrainRecipe(str(args.data), f"{directory}/run", 0, config, optimizer, train), clock)
+    steps = np.diff(clock.times)
+    return clock.times[259] - clock.times[59], float(np.median(steps))
 
 
 def plain(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, regional: bool) -> Step:
@@ -117,6 +164,40 @@ def transformers(config: ModelConfig, data: Any, args: argparse.Namespace, compi
     return _fed(step, data, args)
 
 
+def litgpt(config: ModelConfig, data: Any, args: argparse.Namespace) -> Step:
+    """litgpt's GPT of the same compute in the step of its ``pretrain``: nothing shared, compiled, bf16-mixed."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    shape = {
+        "block_size": data.sequence_length - 1,
+        "padded_vocab_size": config.vocab_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_embd": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+    }
+    model = GPT(Config(**shape)).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    compiled = torch.compile(model)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            loss = chunked_cross_entropy(compiled(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return _fed(step, data, args)
+
+
 def _fed(step: Callable[[torch.Tensor], torch.Tensor], data: Any, args: argparse.Namespace) -> Step:
     def take(number: int) -> float:
         ids = data.batch(0, number, args.micro_batch, slice(None)).ids
@@ -126,17 +207,19 @@ def _fed(step: Callable[[torch.Tensor], torch.Tensor], data: Any, args: argparse
 
 
 CONTENDERS: dict[str, Callable[..., Step]] = {
-    "ours": lambda *a: ours(*a, float8=False, memory="none"),
-    "ours, selective": lambda *a: ours(*a, float8=False, memory="selective"),
+    "ours": lambda *a: ours(*a, float8=False, fused=True),
+    "ours, compiled": lambda *a: ours(*a, float8=False, fused=False),
     "plain": lambda *a: plain(*a, float8=False, regional=False),
     "plain, by layer": lambda *a: plain(*a, float8=False, regional=True),
+    "litgpt": litgpt,
     "transformers": lambda *a: transformers(*a, compiled=True),
     "transformers, eager": lambda *a: transformers(*a, compiled=False),
-    "ours, float8": lambda *a: ours(*a, float8=True, memory="none"),
-    "ours, float8, selective": lambda *a: ours(*a, float8=True, memory="selective"),
+    "ours, float8": lambda *a: ours(*a, float8=True, fused=False),
     "plain, float8": lambda *a: plain(*a, float8=True, regional=False),
     "plain, float8, by layer": lambda *a: plain(*a, float8=True, regional=True),
 }
+WHOLE_RUN = "ours, whole run"
+PEERS = ("litgpt", "transformers", "transformers, eager")
 RIVALS = {"ours": ("plain", "plain, by layer"), "ours, float8": ("plain, float8", "plain, float8, by layer")}
 
 
@@ -148,9 +231,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.data:
         data = Dataset(args.data)
         config, context = dataclasses.replace(config, vocab_size=data.vocab_size), data.sequence_length - 1
+    if args.one in PEERS and args.device.startswith("cuda") and config.share != "none":
+        args.micro_batch //= 2
     torch.manual_seed(0)
     cuda = args.device.startswith("cuda")
     synchronize = torch.cuda.synchronize if cuda else lambda: None
+    tokens, cost = args.micro_batch * context, model_cost(config, context)
+    if args.one == WHOLE_RUN:
+        seconds_of_200, median_of_one = whole_run(config, args)
+        return {
+            "tokens_per_second": 200 * tokens / seconds_of_200,
+            "tokens_per_second_of_the_median_step": tokens / median_of_one,
+            "steps": 200,
+        }
     started = time.perf_counter()
     step = CONTENDERS[args.one](config, data, args)
     losses = [step(number) for number in range(args.warm_up)]
@@ -162,8 +255,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         step(args.warm_up + number)
         synchronize()
         seconds.append(time.perf_counter() - before)
-    tokens, median, cost = args.micro_batch * context, float(np.median(seconds)), model_cost(config, context)
+    median = float(np.median(seconds))
     return {
+        "micro_batch": args.micro_batch,
         "tokens_per_second": tokens / median,
         "step_milliseconds": {"median": median * 1e3, "least": min(seconds) * 1e3, "most": max(seconds) * 1e3},
         "mfu_causal": cost.training_flops_causal * tokens / median / BF16_PEAK if cuda else None,
@@ -197,7 +291,7 @@ def ratios_of(found: dict[str, Any]) -> dict[str, float]:
     ratios = {}
     for mine in (name for name in found if name.startswith("ours") and "tokens_per_second" in found[name]):
         rivals = RIVALS["ours, float8" if "float8" in mine else "ours"]
-        for name in (*rivals, "transformers", "transformers, eager"):
+        for name in (*rivals, *PEERS, *(("ours",) if mine == WHOLE_RUN else ())):
             if "tokens_per_second" in found.get(name, {}):
                 ratios[f"{mine} / {name}"] = found[mine]["tokens_per_second"] / found[name]["tokens_per_second"]
     return ratios
@@ -211,7 +305,7 @@ def show(title: str, result: dict[str, Any]) -> None:
             rows.append((name, "failed", *facts["error"], "", ""))
             continue
         shown = zip(("mfu_causal", "mfu_full", "peak_gib"), ("{:.1%}", "{:.1%}", "{:.1f}"), strict=True)
-        on_gpu = ["" if facts[key] is None else form.format(facts[key]) for key, form in shown]
+        on_gpu = [form.format(facts[key]) if facts.get(key) else "" for key, form in shown]
         rows.append((name, f"{facts['tokens_per_second']:,.0f}", *on_gpu))
     table(title, ["contender", "tokens/s", "MFU, causal", "MFU, full", "peak GiB"], rows)
     table("ratios", ["of tokens/s", ""], [(name, f"{ratio:.3f} ×") for name, ratio in result["ratios"].items()])
@@ -221,7 +315,9 @@ def main() -> None:
     """Compare, or measure one contender here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mobillama-0.5b", help="(default: %(default)s)")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=[*CONTENDERS, WHOLE_RUN], default=list(CONTENDERS), metavar="NAME"
+    )
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences in a step (default: %(default)s)")
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: the preset's)")
@@ -231,7 +327,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="ours without compilation, as on a CPU without compiler")
     parser.add_argument("--limit", type=int, default=150, help="seconds for a contender (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to add to (default: %(default)s)")
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args)))

@@ -10,9 +10,10 @@ import torch
 
 from mobillama.config import load_recipe
 from mobillama.model.attention import KVCache
-from mobillama.model.loss import token_losses
+from mobillama.model.loss import linear_cross_entropy, token_losses
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
+from mobillama.train.fused import fuse_layers
 from mobillama.train.loop import Silent, pretrain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -63,6 +64,40 @@ def test_shared_gradient_adds_in_float32_under_bfloat16_autocast(compiled):
     exact = sum(gradients(separate).values())
     error = float((shared - exact).norm() / exact.norm())
     assert error < 1e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(512, 512, 1408, 4, 8, max_position_embeddings=256),
+        ModelConfig(512, 640, 1280, 3, 8, share="none", max_position_embeddings=256),
+        ModelConfig(512, 512, 1408, 3, 16, 4, share="block", max_position_embeddings=256),
+    ],
+    ids=["heads of 64", "heads of 80", "grouped heads of 32"],
+)
+def test_fused_layers_are_as_near_to_float32_as_plain_ones(config):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fused layers need a Hopper GPU")
+    pytest.importorskip("quack")
+    ids = torch.randint(0, 512, (4, 257), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def gradients(fused: bool, bfloat16: bool) -> dict[str, torch.Tensor]:
+        model = built(config).cuda()
+        if fused:
+            fuse_layers(model.model)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
+            total, _ = linear_cross_entropy(model.model(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
+        (total / ids[:, 1:].numel()).backward()
+        return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+    exact = gradients(fused=False, bfloat16=False)
+    plain, fused = (
+        {name: float((found[name] - wanted).norm() / wanted.norm()) for name, wanted in exact.items()}
+        for found in (gradients(fused=False, bfloat16=True), gradients(fused=True, bfloat16=True))
+    )
+    assert sum(fused.values()) < 1.05 * sum(plain.values())
+    for name, error in fused.items():
+        assert error < max(0.02, 1.3 * plain[name]), name
 
 
 def test_a_run_on_cuda_learns_and_resumes_with_the_same_sequences(recipe_file, tmp_path):

@@ -298,6 +298,9 @@ class TrainConfig:
     """With parallelism=hsdp: processes that share one copy; 0: those of a machine."""
     compile: bool = False
     """Compile the model's layers with torch.compile: slower to start, faster steps."""
+    fused: bool = False
+    """Compute layers with products that have SwiGLU and sums fused in, and flash-attn-4's attention: the fastest, with
+    the least memory (Hopper GPUs, bfloat16; pip install 'mobillama[hopper]')."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Keep less for the backward pass and compute it again. selective: all but products and attention, little slower
     when compiled; full: whole layers, a quarter slower, for the least memory."""
@@ -327,6 +330,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
         _require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
+        if self.fused:
+            kept = self.activation_checkpointing
+            _require(kept != "selective", "train.activation_checkpointing", kept, "none or full with train.fused")
+            _require(not self.mask_documents, "train.mask_documents", True, "false with train.fused")
+            _require(not self.float8, "train.float8", True, "false with train.fused")
         for name in (
             "shard_ranks",
             "keep_checkpoints",
@@ -371,6 +379,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.parallelism",
         "train.shard_ranks",
         "train.compile",
+        "train.fused",
         "train.activation_checkpointing",
         "train.checkpoint_every",
         "train.checkpoint_unit",

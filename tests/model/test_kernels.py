@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobillama.model.rotary import rotary_tables, rotated_heads
+from mobillama.model.norm import normalise, normalise_backward
+from mobillama.model.rotary import rotary_tables, rotate_in_place, rotated_heads
 from mobillama.model.swiglu import swiglu_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,3 +55,30 @@ def test_swiglu_backward():
         on_device(torch.ops.mobillama.swiglu_backward, gate_up, grad), swiglu_backward(gate_up, grad), strict=True
     ):
         torch.testing.assert_close(part, wanted)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_rotation_in_place_leaves_the_values(back):
+    tables = rotary_tables(torch.arange(4)[None], 8, 10000.0)
+    qkv_btj = torch.randn(3, 4, (4 + 2 * 2) * 8)
+    expected, found = qkv_btj.clone(), qkv_btj.to(DEVICE)
+    rotate_in_place(expected, *tables, 4, 8, back)
+    kernels.rotate_in_place(found, *(table.to(DEVICE) for table in tables), 4, 8, back)
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("width", [40, 64])
+def test_norm_and_its_gradient(width):
+    x, grad_y, grad_x = (torch.randn(9, width) for _ in range(3))
+    weight = torch.randn(width)
+    expected, factor = normalise(x, weight, 1e-5)
+    y, found = on_device(kernels.normalise, x, weight, 1e-5)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, factor)
+    inputs = (x, factor, weight, grad_y, grad_x)
+    for part, wanted in zip(on_device(kernels.normalise_backward, *inputs), normalise_backward(*inputs), strict=True):
+        torch.testing.assert_close(part, wanted)
+    leaf, scale = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    torch.nn.functional.rms_norm(leaf, (width,), scale, 1e-5).backward(grad_y)
+    torch.testing.assert_close(normalise_backward(*inputs)[0], leaf.grad + grad_x)
+    torch.testing.assert_close(normalise_backward(*inputs)[2], scale.grad)

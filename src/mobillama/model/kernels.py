@@ -1,6 +1,7 @@
-"""Triton kernels of training on a GPU, registered as operators ``mobillama::…`` (CPU builds of torch lack Triton).
+"""Triton kernels of training on a GPU (CPU builds of torch lack Triton).
 
-They are opaque to torch.compile: what it knows of a Triton kernel that writes into views makes it copy them.
+Those that compiled layers use are operators ``mobillama::…``, opaque to torch.compile: what it knows of a Triton kernel
+that writes into views makes it copy them. The others serve :mod:`mobillama.train.fused`, which is not compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 from mobillama.model.rotary import split_heads
 
 Parts = tuple[Tensor, Tensor, Tensor]
+
+# Programs that share the rows of a norm's backward pass: eight of each multiprocessor of an H100.
+_PROGRAMS = 8 * 132
 
 
 @triton.jit
@@ -75,18 +79,21 @@ def _rotate_kernel(
 
 
 def _launch(sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, sign: float) -> None:
-    """Rotate the first two of three (b, t, h, d) tensors, whose heads lie together, into ``targets``; copy the third."""
+    """Rotate the first two of three (b, t, h, d) tensors, whose heads lie together, into ``targets``; copy the third.
+
+    In place the third stays as it is.
+    """
     batch, tokens, heads, head_dim = sources[0].shape
     key_heads = sources[1].shape[2]
     tile = min(32, math.gcd(heads, key_heads) & -math.gcd(heads, key_heads))
-    _rotate_kernel[(batch * tokens, (heads + 2 * key_heads) // tile)](
+    moved = heads + key_heads if sources is targets else heads + 2 * key_heads
+    _rotate_kernel[(batch * tokens, moved // tile)](
         *sources, *targets, cos_btd, sin_btd, cos_btd.shape[0] * cos_btd.shape[1], sign,
         *(part.flatten(0, 1).stride(0) for part in (*sources, *targets)),
         heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2),
     )  # fmt: skip
 
 
-# Opaque to the compiler: what it knows of a Triton kernel that writes into views makes it copy them.
 @torch.library.custom_op("mobillama::rotate", mutates_args=())
 def _rotate_cuda(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = rotated = _empty_heads(qkv, cos, sin, heads, head_dim)
@@ -111,3 +118,74 @@ def _rotate_back_cuda(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor)
 @_rotate_back_cuda.register_fake
 def _empty_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:2], (q.shape[2] + 2 * k.shape[2]) * q.shape[3])
+
+
+def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
+    """Rotate queries and keys of ``qkv`` (b, t, j) where they lie, or with ``back`` their gradients the other way."""
+    parts = split_heads(qkv, heads, head_dim)
+    _launch(parts, parts, cos, sin, -1.0 if back else 1.0)
+
+
+@triton.jit
+def _normalise_kernel(x, weight, y, factor, width, eps, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    v = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    f = 1.0 / tl.sqrt(tl.sum(v * v) / width + eps)
+    tl.store(factor + row, f)
+    tl.store(y + row * width + column, v * f * tl.load(weight + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def _normalise_backward_kernel(
+    x, factor, weight, grad_y, grad_x, total, y, grad_weight, rows, width, block: tl.constexpr
+):  # fmt: skip
+    column = tl.arange(0, block)
+    inside = column < width
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    of_weight = tl.zeros([block], tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        place = (tl.zeros([block], tl.int64) + row) * width + column
+        f = tl.load(factor + row)
+        scaled = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * f
+        grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
+        weighted = grad * w
+        inward = (weighted - scaled * (tl.sum(weighted * scaled) / width)) * f
+        tl.store(total + place, inward + tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        tl.store(y + place, scaled * w, mask=inside)
+        of_weight += grad * scaled
+    tl.store(grad_weight + tl.program_id(0) * width + column, of_weight, mask=inside)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`mobillama.model.norm.normalise`."""
+    rows, width = x.shape
+    y, factor = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    _normalise_kernel[(rows,)](x, weight, y, factor, width, eps, triton.next_power_of_2(width))
+    return y, factor
+
+
+def normalise_backward(
+    x: Tensor, factor: Tensor, weight: Tensor, grad_y: Tensor, grad_x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mobillama.model.norm.normalise_backward`."""
+    rows, width = x.shape
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    programs = min(rows, _PROGRAMS)
+    grad_weight = x.new_empty(programs, width, dtype=torch.float32)
+    _normalise_backward_kernel[(programs,)](
+        x,
+        factor,
+        weight,
+        grad_y,
+        grad_x,
+        total,
+        y,
+        grad_weight,
+        rows,
+        width,
+        triton.next_power_of_2(width),
+        num_warps=8,
+    )
+    return total, y, grad_weight.sum(0)

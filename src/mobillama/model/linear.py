@@ -90,6 +90,17 @@ def multiply_side_by_side(x: Tensor, *linears: Linear) -> Tensor:
     return _multiply(x, torch.cat([linear.weight for linear in linears]), linears[0].products, False)
 
 
+def add_weight_gradient(total_oi: Tensor | None, grad_no: Tensor, x_ni: Tensor) -> Tensor:
+    """Return ``total`` + grad.T @ x in float32, or in a wider type of the inputs; on a GPU bfloat16 products add themselves."""
+    if not (grad_no.is_cuda and grad_no.dtype == torch.bfloat16):
+        product_oi = grad_no.T @ x_ni
+        product_oi = product_oi.float() if product_oi.dtype.itemsize < 4 else product_oi
+        return product_oi if total_oi is None else total_oi.add_(product_oi)
+    if total_oi is None:
+        return torch.mm(grad_no.T, x_ni, out_dtype=torch.float32)
+    return torch.addmm(total_oi, grad_no.T, x_ni, out_dtype=torch.float32, out=total_oi)
+
+
 def _multiply(x: Tensor, weight: Tensor, products: Products, gated: bool) -> Tensor:
     x = to_compute_type(x)
     function: Any = _Product

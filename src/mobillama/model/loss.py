@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobillama.model.linear import to_compute_type
+from mobillama.model.linear import add_weight_gradient, to_compute_type
 
 IGNORE = -100
 
@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_n = torch.empty(len(targets_n), dtype=torch.float32, device=hidden_nc.device)
         penalties_n = torch.empty_like(losses_n)
         grad_hidden_nc = torch.empty_like(hidden_nc)
-        grad_weight_vc = torch.zeros_like(weight_vc, dtype=torch.float32)
+        grad_weight_vc = torch.zeros_like(weight_vc, dtype=torch.promote_types(weight_vc.dtype, torch.float32))
         parts = -(-len(targets_n) * len(weight) // (_GPU_CHUNK if hidden_nc.is_cuda else _CPU_CHUNK))
         rows = -(-len(targets_n) // parts)
         chunk_losses = _fused_chunk_losses() if hidden_nc.is_cuda else _chunk_losses
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses_n[part], penalties_n[part], grad, grad_of_target = chunk_losses(logits, targets, counted, z_loss)
             grad.scatter_(1, targets, grad_of_target)
             grad_hidden_nc[part] = grad @ weight
-            grad_weight_vc += grad.T @ hidden_nc[part]
+            grad_weight_vc = add_weight_gradient(grad_weight_vc, grad, hidden_nc[part])
         ctx.save_for_backward(grad_hidden_nc.view_as(hidden_btc), grad_weight_vc.to(weight_vc.dtype))
         losses_bt = losses_n.view_as(targets_bt)
         ctx.mark_non_differentiable(losses_bt)

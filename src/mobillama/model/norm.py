@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,3 +15,33 @@ class RMSNorm(nn.RMSNorm):
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         return (F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight).to(x.dtype)
+
+
+def normalise(x_nc: Tensor, weight_c: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm of ``x`` (n, c) in its type, and each row's factor 1/RMS (n) in float32 or wider."""
+    if x_nc.is_cuda:
+        from mobillama.model import kernels
+
+        return kernels.normalise(x_nc, weight_c, eps)
+    wide_nc = x_nc.to(weight_c.dtype)
+    factor_n = torch.rsqrt(wide_nc.square().mean(1) + eps)
+    return (wide_nc * factor_n[:, None] * weight_c).to(x_nc.dtype), factor_n
+
+
+def normalise_backward(
+    x_nc: Tensor, factor_n: Tensor, weight_c: Tensor, grad_y_nc: Tensor, grad_x_nc: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`normalise`'s gradient for ``x`` added to ``grad_x``, its output again, and its gradient for the weight.
+
+    The output (n, c) costs one write here, where ``x`` is at hand, and need not be kept since the forward pass.
+    """
+    if x_nc.is_cuda:
+        from mobillama.model import kernels
+
+        return kernels.normalise_backward(x_nc, factor_n, weight_c, grad_y_nc, grad_x_nc)
+    scaled_nc = x_nc.to(weight_c.dtype) * factor_n[:, None]
+    grad_nc = grad_y_nc.to(weight_c.dtype)
+    weighted_nc = grad_nc * weight_c
+    inward_nc = weighted_nc - scaled_nc * (weighted_nc * scaled_nc).mean(1, keepdim=True)
+    total_nc = inward_nc * factor_n[:, None] + grad_x_nc.to(weight_c.dtype)
+    return total_nc.to(x_nc.dtype), (scaled_nc * weight_c).to(x_nc.dtype), (grad_nc * scaled_nc).sum(0)

@@ -50,6 +50,19 @@ def split_heads(qkv_btj: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Ten
     return q_bthd, k_bthd, v_bthd
 
 
+def rotate_in_place(
+    qkv_btj: Tensor, cos_btd: Tensor, sin_btd: Tensor, heads: int, head_dim: int, back: bool = False
+) -> None:
+    """Rotate queries and keys where they lie in ``qkv``; with ``back``, their gradients by the opposite angles."""
+    if qkv_btj.is_cuda:
+        from mobillama.model import kernels
+
+        kernels.rotate_in_place(qkv_btj, cos_btd, sin_btd, heads, head_dim, back)
+        return
+    for part_bthd in split_heads(qkv_btj, heads, head_dim)[:2]:
+        part_bthd.copy_(rotate(part_bthd, cos_btd, -sin_btd if back else sin_btd))
+
+
 class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_btj: Tensor, cos_btd: Tensor, sin_btd: Tensor, heads: int, head_dim: int) -> Any:

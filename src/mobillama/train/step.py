@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +24,8 @@ from mobillama.train.device import (
     keep_freed_memory,
     make_deterministic,
 )
+from mobillama.train.fused import fuse_layers
+from mobillama.train.hopper import require_hopper
 from mobillama.train.loader import Loader
 from mobillama.train.objective import Objective
 from mobillama.train.optimizer import build_optimizers, learning_rate
@@ -79,9 +83,13 @@ class Stepper:
         self.model.to(self.device)
         if train.float8:
             use_float8(self.model)
-        checkpoint_activations(self.model.model, train.activation_checkpointing)
+        if not train.fused:
+            checkpoint_activations(self.model.model, train.activation_checkpointing)
         if train.compile:
             compile_layers(self.model.model)
+        if train.fused:
+            require_hopper(self.device)
+            fuse_layers(self.model.model, recompute=train.activation_checkpointing == "full")
         eos_id = dataset.tokenizer.eos_id if train.mask_documents else None
         objective = Objective(self.model, train.z_loss, eos_id, autocast_to(self.precision, self.device))
         self._objective = distribute(objective, world, train.parallelism, train.shard_ranks)
@@ -99,8 +107,7 @@ class Stepper:
         batches = self.loader.take(step)
         for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             keep_gradients_local(self._objective, left > 0)
-            ids = torch.from_numpy(batch.ids).to(self.device)
-            sources = torch.from_numpy(batch.sources).to(self.device)
+            ids, sources = self._on_device(batch.ids), self._on_device(batch.sources)
             total, losses_bt = self._objective(ids)
             # Processes' gradients are averaged, and the loss is the mean over all of them.
             torch.autograd.backward(total * self.world.size / self.tokens)
@@ -110,7 +117,7 @@ class Stepper:
         limit = self.recipe.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = torch.cat([nats, sequences, torch.tensor([size], dtype=torch.float64).to(self.device)])
+        sums = torch.cat([nats, sequences, torch.full_like(nats[:1], size)])
         *counts, size = self.world.sum(sums).tolist()
         nats_of, sequences_of = counts[: len(names)], counts[len(names) :]
         context = self.dataset.sequence_length - 1
@@ -124,6 +131,11 @@ class Stepper:
             bits_per_byte=sum(nats_of) / math.log(2) / max(1, size),
             gradient_norm=float(norm),
         )
+
+    def _on_device(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Return a copy on the device, for which a GPU need not be waited for."""
+        tensor = torch.from_numpy(numbers)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def losses(self, ids_bs: Tensor) -> Tensor:
         """Return the losses (b, t) in nats of the tokens of sequences (b, t + 1); all processes call it equally often."""

@@ -1,0 +1,152 @@
+"""What a layer's training step is made of on a Hopper GPU: products with their surroundings fused in, and attention.
+
+quack-kernels and flash-attn-4 compute them there. On a CPU the same functions are plain formulas, which say what the
+kernels compute and with which :mod:`mobillama.train.fused` is tested.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mobillama.errors import UsageError
+
+
+def require_hopper(device: torch.device) -> None:
+    """Check that fused layers can run on ``device``.
+
+    Raises:
+        UsageError: it is no Hopper GPU, or the libraries are not installed.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise UsageError("train.fused: needs a Hopper GPU (H100, H200); set it to false")
+    _libraries()
+
+
+@functools.cache
+def _libraries() -> tuple[Any, Any, Any]:
+    try:
+        from flash_attn.cute import interface
+        from quack import gemm_interface
+        from quack.gemm_config import GemmConfig
+    except ImportError as error:
+        raise UsageError(f"train.fused: {error}; pip install 'mobillama[hopper]'") from None
+    return gemm_interface, GemmConfig, interface
+
+
+@functools.cache
+def _tiles(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int] = (2, 1)) -> Any:
+    """Return one choice of tiles, fixed: a choice by timing would let the next process round otherwise."""
+    return _libraries()[1](
+        tile_m=rows,
+        tile_n=columns,
+        pingpong=pingpong,
+        cluster_m=cluster[0],
+        cluster_n=cluster[1],
+        is_dynamic_persistent=False,
+        device_capacity=9,
+    )
+
+
+def gated_product(x_ni: Tensor, weight_ji: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x @ weight.T`` (n, j), in which gates and their factors take turns, and silu(gate) · factor (n, j/2)."""
+    if x_ni.is_cuda:
+        gate_up_nj, gated_nk = _libraries()[0].gemm_act(
+            x_ni, weight_ji.T, activation="swiglu", config=_tiles(128, 256, False)
+        )
+        return gate_up_nj, gated_nk
+    gate_up_nj = x_ni @ weight_ji.T
+    return gate_up_nj, F.silu(gate_up_nj[:, 0::2]) * gate_up_nj[:, 1::2]
+
+
+def gated_product_backward(grad_no: Tensor, weight_ok: Tensor, gate_up_nj: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient for ``gate_up`` (n, j) of ``gated @ weight.T``, and ``gated`` (n, k) again."""
+    if grad_no.is_cuda:
+        grad_nj, gated_nk = _libraries()[0].gemm_dact(
+            grad_no,
+            weight_ok,
+            gate_up_nj,
+            activation="swiglu",
+            dynamic_scheduler=False,
+            config=_tiles(128, 128, True, (1, 2)),
+        )
+        return grad_nj, gated_nk
+    gate_nk, up_nk = gate_up_nj[:, 0::2], gate_up_nj[:, 1::2]
+    grad_nk, silu_nk = grad_no @ weight_ok, F.silu(gate_nk)
+    parts = torch.ops.aten.silu_backward(grad_nk * up_nk, gate_nk), grad_nk * silu_nk
+    return torch.stack(parts, dim=2).flatten(1), silu_nk * up_nk
+
+
+def product_plus(x_ni: Tensor, weight_oi: Tensor, residual_no: Tensor) -> Tensor:
+    """Return ``x @ weight.T + residual``, rounded once."""
+    if x_ni.is_cuda:
+        _, total_no = _libraries()[0].gemm_act(
+            x_ni, weight_oi.T, C=residual_no, store_preact=False, config=_tiles(128, 192, True)
+        )
+        return total_no
+    return x_ni @ weight_oi.T + residual_no
+
+
+def attention(q_bthd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return causal attention's output (b, t, h, d), and what its backward pass needs beside inputs and output."""
+    if not q_bthd.is_cuda:
+        return _plain_attention(q_bthd, k_bshd, v_bshd).contiguous(), ()
+    if _flash_knows(q_bthd):
+        found = _libraries()[2]._flash_attn_fwd(q_bthd, k_bshd, v_bshd, causal=True, return_lse=True)
+        return found[0], (found[1],)
+    parts = (part.transpose(1, 2) for part in (q_bthd, k_bshd, v_bshd))
+    y_bhtd, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, True, 0.0, True, False)
+    normaliser, seed, offset = rest[0], rest[5], rest[6]
+    return y_bhtd.transpose(1, 2), (normaliser, seed, offset)
+
+
+def attention_backward(
+    grad_bthd: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    y_bthd: Tensor,
+    rest: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of :func:`attention`'s three inputs into tensors of their shapes."""
+    if grad_bthd.is_cuda and _flash_knows(grad_bthd):
+        dq_bthd, dk_bshd, dv_bshd = gradients
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        _libraries()[2]._flash_attn_bwd(
+            *inputs,
+            y_bthd,
+            grad_bthd,
+            *rest,
+            causal=True,
+            deterministic=deterministic,
+            dq=dq_bthd,
+            dk=dk_bshd,
+            dv=dv_bshd,
+        )
+        return
+    if grad_bthd.is_cuda:
+        parts = (part.transpose(1, 2) for part in (grad_bthd, *inputs, y_bthd))
+        longest = grad_bthd.shape[1], inputs[1].shape[1]
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *parts, *rest, None, None, None, *longest, 0.0, True
+        )
+        found = [part_bhtd.transpose(1, 2) for part_bhtd in found]
+    else:
+        with torch.enable_grad():
+            leaves = [part.detach().requires_grad_() for part in inputs]
+            found = torch.autograd.grad(_plain_attention(*leaves), leaves, grad_bthd)
+    for gradient, value in zip(gradients, found, strict=True):
+        gradient.copy_(value)
+
+
+def _flash_knows(x_bthd: Tensor) -> bool:
+    """Tell whether flash-attn-4 computes this head width; between multiples of 32 its gradients were wrong (4.0.0b36)."""
+    return x_bthd.shape[-1] % 32 == 0
+
+
+def _plain_attention(q_bthd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> Tensor:
+    q_bhtd, k_bhsd, v_bhsd = (part.transpose(1, 2) for part in (q_bthd, k_bshd, v_bshd))
+    return F.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, is_causal=True, enable_gqa=True).transpose(1, 2)

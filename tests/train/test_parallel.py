@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from test_loop import assert_same_bits
 
-from conftest import run_cli
+from conftest import CONTEXT, run_cli
 from mobillama.config import load_recipe
+from mobillama.data.dataset import Dataset
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.record.chain import read_chain
@@ -164,6 +167,48 @@ def test_a_killed_process_is_noticed_and_torchrun_starts_all_anew(recipe_file, t
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["positions"] == other["positions"]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_process_that_fails_alone_in_mid_save_ends_all_and_the_save_is_kept(recipe_file, alone, data, tmp_path):
+    """Only the second process reads the row that is damaged, while the checkpoint of step 4 is being flushed."""
+    shutil.copytree(data, tmp_path / "data")
+    dataset = Dataset(tmp_path / "data")
+    row = int(dataset.rows_of_step(7, 5, 8)[6])
+    chunk = bisect.bisect_right(dataset.chunk_ends, row)
+    victim = sorted((tmp_path / "data" / "train").glob("chunk-*[0-9].npy"))[chunk]
+    whole = victim.read_bytes()
+    harmed = bytearray(whole)
+    harmed[-(dataset.chunk_ends[chunk] - row) * (CONTEXT + 1) * 2] ^= 1
+    victim.write_bytes(harmed)
+    words = ("-m", "--", "mobillama", "pretrain", recipe_file, "--data", tmp_path / "data")
+    done = launch(2, SCRIPTS / "slow_storage.py", *words[4:])
+    assert "differs from what was prepared" in done.stderr
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 4 ", done.stderr), done.stderr  # torchrun's root cause
+    assert "in pretrain" not in done.stderr  # no traceback of ours
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
+    victim.write_bytes(whole)
+    done = launch(2, *words)
+    assert "resuming after step 4" in done.stderr
+    for mine, other in zip(steps_of(tmp_path / "run"), steps_of(alone), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_a_process_killed_in_mid_save_ends_the_others_without_a_traceback(recipe_file, tmp_path):
+    process = subprocess.Popen(
+        torchrun(2, SCRIPTS / "slow_storage.py", recipe_file),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob(".step-000004.tmp/state.json")):
+        time.sleep(0.01)
+    os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 ", errors), errors
+    assert "in pretrain" not in errors
+    assert newest_whole_checkpoint(checkpoints) in [(None, []), (checkpoints / "step-000004", [])]
 
 
 def test_a_signal_to_torchrun_saves_once_though_it_comes_twice(recipe_file, tmp_path):

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
-from threading import Thread
 
 from mobillama.data.dataset import Batch, Dataset, partition
 from mobillama.errors import UsageError
+from mobillama.train.background import in_background
 from mobillama.train.world import World
 
 _PATIENCE = 10.0  # seconds until a reader counts as hung
@@ -79,17 +79,6 @@ class Loader:
             wait([future], _PATIENCE)
 
     def _start(self, step: int) -> Future[list[Batch]]:
-        # A thread of its own for each step: one that hangs stands in nobody's way, and the process may end without it.
-        future: Future[list[Batch]] = Future()
-        Thread(target=_fulfil, args=(future, self._read, step), daemon=True).start()
-        return future
-
-    def _read(self, step: int) -> list[Batch]:
-        return [self.dataset.batch(self.seed, step, self.batch_size, part) for part in self.parts]
-
-
-def _fulfil(future: Future[list[Batch]], read: Callable[[int], list[Batch]], step: int) -> None:
-    try:
-        future.set_result(read(step))
-    except BaseException as error:
-        future.set_exception(error)
+        return in_background(
+            lambda: [self.dataset.batch(self.seed, step, self.batch_size, part) for part in self.parts]
+        )

@@ -121,7 +121,7 @@ class _Run:
         self.stepper = Stepper(recipe, dataset, world, reporter.on_note)
         self.watch = Watch(recipe.faults)
         keep, keep_every = recipe.train.keep_checkpoints, recipe.train.keep_every
-        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep, keep_every)
+        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep, keep_every, reporter.on_note)
         self.is_due = checkpoint_due(recipe.train, dataset.sequence_length - 1, dataset.chunk_ends)
         self.saver.reserve(self.stepper.model, self.stepper.optimizers)
         self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
@@ -142,7 +142,12 @@ class _Run:
             "data": self.dataset.digest,
             "root": self.dataset.root.hex(),
         }
-        with closing(self.stepper.loader), self.records.open(first), stop_flag(self.reporter.on_note) as stop:
+        with (
+            closing(self.stepper.loader),
+            closing(self.saver),
+            self.records.open(first),
+            stop_flag(self.reporter.on_note) as stop,
+        ):
             if path is not None:
                 self.saver.resume(path)
             while done < train.steps:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from threading import Thread
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
 
-def in_background(work: Callable[[], Value]) -> Future[Value]:
-    """Begin ``work`` in a thread of its own: one that hangs stands in nobody's way. Return its result to come."""
-    future: Future[Value] = Future()
+class Background(Thread, Generic[Value]):
+    """Does ``work`` in a thread of its own, from now on: one that hangs stands in nobody's way."""
 
-    def fulfil() -> None:
+    def __init__(self, work: Callable[[], Value]) -> None:
+        super().__init__(daemon=True)
+        self.error: BaseException | None = None
+        """What the work has raised."""
+        self._work = work
+        self.start()
+
+    def run(self) -> None:
+        """Do the work, as the thread."""
         try:
-            future.set_result(work())
+            self._value = self._work()
         except BaseException as error:
-            future.set_exception(error)
+            self.error = error
 
-    Thread(target=fulfil, daemon=True).start()
-    return future
+    def ended(self, seconds: float) -> bool:
+        """Wait at most ``seconds`` for the thread's end, not the work's alone: an interpreter that ends before crashes."""
+        self.join(seconds)
+        return not self.is_alive()
+
+    def result(self) -> Value:
+        """Wait for the end, and return what the work returned or raise what it raised."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self._value

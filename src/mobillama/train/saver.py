@@ -11,8 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from mobillama.errors import UsageError
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import fsync_directory, fsync_tree, write_json
 from mobillama.record.manifest import read_manifest, write_manifest
-from mobillama.train.background import in_background
+from mobillama.train.background import Background
 from mobillama.train.checkpoint import (
     checkpoint_path,
     count_updates,
@@ -93,16 +91,16 @@ class Saver:
         self.keep, self.keep_every, self.on_note = keep, keep_every, on_note
         # A group of its own: what it does in the background must not mix with what training does.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._under_way: Future[Saved] | None = None
+        self._under_way: Background[Saved] | None = None
         self._held_up = 0.0
         self._copies: dict[str, Tensor] = {}
-        self._reserved: Future[None] | None = None
+        self._reserved: Background[None] | None = None
         self._mesh: DeviceMesh | None = None
 
     @property
     def failed(self) -> bool:
         """Whether the save under way has come to an error; :meth:`wait` raises it."""
-        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
+        return self._under_way is not None and self._under_way.error is not None
 
     def reserve(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Begin to get the memory that copies of GPU tensors need, which takes seconds the first time."""
@@ -116,7 +114,7 @@ class Saver:
             for name, shape in needed.items():
                 self._copies[name] = torch.empty(shape, pin_memory=True)
 
-        self._reserved = in_background(reserve)
+        self._reserved = Background(reserve)
 
     def start(
         self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
@@ -133,14 +131,14 @@ class Saver:
         memory_fingerprint = fingerprint(optimizer_tensors(model, optimizers), self.world)
         state = {**state, "step": step, "updates": count_updates(optimizers), "optimizer": memory_fingerprint}
         self._held_up = time.perf_counter() - started
-        self._under_way = in_background(lambda: self._write(step, weights, memory, state, started))
+        self._under_way = Background(lambda: self._write(step, weights, memory, state, started))
         self._step = step
 
     def resume(self, path: Path) -> None:
         """Take a committed checkpoint for the save under way: :meth:`wait` returns it."""
         manifest = read_manifest(path, CHECKPOINT_FORMAT)
-        self._under_way, self._held_up = Future(), 0.0
-        self._under_way.set_result(Saved(path, manifest["step"], _digests(manifest, read_state(path)), 0.0, 0.0))
+        saved = Saved(path, manifest["step"], _digests(manifest, read_state(path)), 0.0, 0.0)
+        self._under_way, self._held_up = Background(lambda: saved), 0.0
 
     def wait(self) -> Saved | None:
         """Wait until the save under way is committed and return it; None when none is.
@@ -151,7 +149,7 @@ class Saver:
         if self._under_way is None:
             return None
         started, under_way, self._under_way = time.perf_counter(), self._under_way, None
-        while not futures.wait([under_way], _PATIENCE).done:
+        while not under_way.ended(_PATIENCE):
             waited = time.perf_counter() - started
             self.on_note(
                 f"{checkpoint_path(self.directory, self._step)}: training waits for its files, {waited:.0f} s so far"
@@ -163,7 +161,7 @@ class Saver:
     def close(self) -> None:
         """Wait for the save under way, which may yet be committed though the run has failed; but not for ever."""
         if self._under_way is not None:
-            futures.wait([self._under_way], _LAST_PATIENCE)
+            self._under_way.ended(_LAST_PATIENCE)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a copy of a weight, gathered from all processes, in the first of them."""

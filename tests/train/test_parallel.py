@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,9 @@ from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.record.chain import read_chain
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
+from mobillama.train.device import autocast_to
 from mobillama.train.loop import Silent, pretrain
+from mobillama.train.objective import Objective
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import World
 
@@ -123,6 +126,40 @@ def test_what_layers_share_is_gathered_and_reduced_once_a_step(recipe_file, tmp_
     model = MobiLlama(config)
     initialise(model, config, 7)
     assert found["fingerprint"] == fingerprint(model.state_dict(), World(0, 1, 1, next(model.parameters()).device))
+
+
+def exact_shared_gradient(recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
+    """Return the first step's gradient as the float64 sum of the bfloat16 steps of separate, equal networks."""
+    once = MobiLlama(recipe.model)
+    initialise(once, recipe.model, recipe.seed)
+    twin = MobiLlama(dataclasses.replace(recipe.model, share="none"))
+    weights = once.state_dict()
+    twin.load_state_dict({name: weights[re.sub(r"ffns\.\d+", "ffns.0", name)] for name in twin.state_dict()})
+    objective = Objective(twin, 0.0, None, autocast_to("bfloat16", torch.device("cpu")))
+    dataset, size, micro = Dataset(Path(recipe.data)), recipe.train.batch_size, recipe.train.micro_batch_size
+    sums: dict[str, torch.Tensor] = {}
+    for first in range(0, size, micro):
+        ids = torch.from_numpy(dataset.batch(recipe.seed, 0, size, slice(first, first + micro)).ids)
+        twin.zero_grad()
+        (objective(ids)[0] / (size * (dataset.sequence_length - 1))).backward()
+        for name, parameter in twin.named_parameters():
+            shared = re.sub(r"ffns\.\d+", "ffns.0", name)
+            sums[shared] = sums.get(shared, 0) + parameter.grad.double()
+    return {name: gradient for name, gradient in sums.items() if "ffns" in name}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_shared_gradient_adds_up_in_float32_over_layers_micro_batches_and_processes(recipe_file, tmp_path, kind):
+    """Sums in bfloat16, over the uses or between processes, are off by more than 1e-3."""
+    words = ["--model.num_hidden_layers", "22", "--train.precision", "bfloat16", "--train.micro_batch_size", "2"]
+    words += ["--optimizer.clip_norm", "0", "--train.parallelism", kind]
+    done = launch(2, SCRIPTS / "shared_gradient.py", recipe_file, tmp_path / "gradient.safetensors", *words)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "gradient.safetensors")
+    exact = exact_shared_gradient(load_recipe(PretrainRecipe, recipe_file, words))
+    assert found.keys() == exact.keys() and len(exact) == 3
+    for name, gradient in exact.items():
+        assert float((found[name].double() - gradient).norm() / gradient.norm()) < 1e-6, name
 
 
 def test_a_fingerprint_tells_one_bit_and_two_swapped_numbers():

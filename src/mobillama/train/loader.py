@@ -10,7 +10,7 @@ from mobillama.errors import UsageError
 from mobillama.train.background import Background
 from mobillama.train.world import World
 
-_PATIENCE = 10.0  # seconds until a reader counts as hung
+_PATIENCE = 8.0  # seconds until a reader counts as hung
 _READERS = 6  # that are tried one after another
 
 

@@ -126,7 +126,7 @@ class _Run:
         self.saver.reserve(self.stepper.model, self.stepper.optimizers)
         self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
         sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
-        self.records = Records(run, world.is_first, sink)
+        self.records = Records(run, world.is_first, sink, reporter.on_note)
 
     def execute(self) -> Path:
         """Train from where the run stands to its last step."""

@@ -25,7 +25,7 @@ from mobillama.train.checkpoint import (
     read_state,
     remove_leftovers,
 )
-from mobillama.train.device import describe_device
+from mobillama.train.device import DETERMINISTIC_COST, describe_device
 from mobillama.train.faults import Watch
 from mobillama.train.meters import Meters
 from mobillama.train.records import METRICS_FILE, Records, recorded_steps
@@ -135,6 +135,7 @@ class _Run:
         if done >= train.steps:
             self.reporter.on_note(f"{path}: all {train.steps} steps are done")
         else:
+            self._tell_costs()
             self.reporter.on_start(done, train.steps)
         first = {
             "kind": "run",
@@ -171,6 +172,15 @@ class _Run:
                     raise Stopped(said if self.world.is_first else "")
             self._finish_save()
         return checkpoint_path(self.checkpoints, done)
+
+    def _tell_costs(self) -> None:
+        if formula := self.meters.describe():
+            self.reporter.on_note(formula)
+        if self.recipe.train.deterministic and self.world.device.type == "cuda":
+            self.reporter.on_note(
+                f"train.deterministic: steps can be repeated to the bit, which took {DETERMINISTIC_COST:.0%} of the speed of "
+                "mobillama-0.5b on an H100"
+            )
 
     def _flags(self, *flags: bool) -> list[bool]:
         """Return which of the flags are up in any process."""

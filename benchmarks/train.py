@@ -12,10 +12,15 @@ the faster of the two is what ours is compared with. A step is forward, backward
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import json
+import queue
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +35,7 @@ from mobillama.model.cost import model_cost
 from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainRecipe, TrainConfig
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
+from mobillama.train.background import Background
 from mobillama.train.step import Stepper
 from mobillama.train.world import World
 
@@ -117,6 +123,65 @@ def transformers(config: ModelConfig, data: Any, args: argparse.Namespace, compi
     return _fed(step, data, args)
 
 
+def trainer(config: ModelConfig, data: Any, args: argparse.Namespace, compiled: bool) -> Step:
+    """The same LlamaForCausalLM under transformers' Trainer, whose own loop goes on by a step whenever one is asked for."""
+    from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from mobillama.hf.unshare import stock_config
+
+    steps = args.warm_up + args.steps
+    asked, losses = threading.Semaphore(0), queue.SimpleQueue[float]()
+
+    class Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            for number in range(steps):
+                for row in torch.from_numpy(data.batch(0, number, args.micro_batch, slice(None)).ids):
+                    yield {"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]}
+
+    class OneByOne(TrainerCallback):
+        def on_step_begin(self, *unused: Any, **named: Any) -> None:
+            asked.acquire()
+
+        def on_log(self, *unused: Any, logs: dict[str, float], **named: Any) -> None:
+            if "loss" in logs:
+                losses.put(logs["loss"])
+
+    model = LlamaForCausalLM._from_config(stock_config(config), dtype=torch.float32)
+    model.config.use_cache = False
+    settings = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=args.micro_batch,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=args.device == "cpu",
+        torch_compile=compiled,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    loop = Trainer(model, settings, train_dataset=Rows(), callbacks=[OneByOne()])
+    loop.remove_callback(PrinterCallback)
+    running = Background(loop.train)
+    atexit.register(running.join)  # an interpreter that ends before its threads crashes
+
+    def step(number: int) -> float:
+        asked.release()
+        while not running.error:
+            with contextlib.suppress(queue.Empty):
+                return losses.get(timeout=1)
+        raise running.error
+
+    return step
+
+
 def _fed(step: Callable[[torch.Tensor], torch.Tensor], data: Any, args: argparse.Namespace) -> Step:
     def take(number: int) -> float:
         ids = data.batch(0, number, args.micro_batch, slice(None)).ids
@@ -132,10 +197,17 @@ CONTENDERS: dict[str, Callable[..., Step]] = {
     "plain, by layer": lambda *a: plain(*a, float8=False, regional=True),
     "transformers": lambda *a: transformers(*a, compiled=True),
     "transformers, eager": lambda *a: transformers(*a, compiled=False),
+    "Trainer": lambda *a: trainer(*a, compiled=True),
+    "Trainer, eager": lambda *a: trainer(*a, compiled=False),
     "ours, float8": lambda *a: ours(*a, float8=True, memory="none"),
     "ours, float8, selective": lambda *a: ours(*a, float8=True, memory="selective"),
     "plain, float8": lambda *a: plain(*a, float8=True, regional=False),
     "plain, float8, by layer": lambda *a: plain(*a, float8=True, regional=True),
+}
+PEERS = ("transformers", "transformers, eager", "Trainer", "Trainer, eager")
+DEFAULTS = {
+    "cpu": ["ours", "plain", "plain, by layer", *PEERS],
+    "cuda": [name for name in CONTENDERS if not name.startswith("Trainer")],
 }
 RIVALS = {"ours": ("plain", "plain, by layer"), "ours, float8": ("plain, float8", "plain, float8, by layer")}
 
@@ -197,7 +269,7 @@ def ratios_of(found: dict[str, Any]) -> dict[str, float]:
     ratios = {}
     for mine in (name for name in found if name.startswith("ours") and "tokens_per_second" in found[name]):
         rivals = RIVALS["ours, float8" if "float8" in mine else "ours"]
-        for name in (*rivals, "transformers", "transformers, eager"):
+        for name in (*rivals, *PEERS):
             if "tokens_per_second" in found.get(name, {}):
                 ratios[f"{mine} / {name}"] = found[mine]["tokens_per_second"] / found[name]["tokens_per_second"]
     return ratios
@@ -221,7 +293,9 @@ def main() -> None:
     """Compare, or measure one contender here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mobillama-0.5b", help="(default: %(default)s)")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="(default: those of the device)"
+    )
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences in a step (default: %(default)s)")
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: the preset's)")
@@ -236,6 +310,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args)))
         return
+    args.contenders = args.contenders or DEFAULTS[args.device.partition(":")[0]]
     key = f"{args.preset} {args.device}{' data' if args.data else ''}"
     known = read_json(args.out) if args.out.exists() else {}
     for compared in compare(args):

@@ -11,8 +11,8 @@ import torch
 
 from mobillama.errors import UsageError
 
-# Share of its speed that mobillama-0.5b lost on one H100: 61.1 thousand tokens/s (docs/experiments/h100-resume), where a step
-# that need not be repeatable reached 52% of the peak (benchmarks/train.py), 66.5 thousand.
+# Share of its speed that mobillama-0.5b lost on one H100: the run of docs/experiments/h100-resume made 61.1 thousand
+# tokens/s, a bare step that need not be repeatable 66.5 thousand, 52% of the peak (benchmarks/train.py).
 DETERMINISTIC_COST = 0.08
 
 

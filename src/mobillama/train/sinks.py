@@ -60,7 +60,7 @@ class _TensorBoard:
 
 class _Trackio:
     def __init__(self, run: Path, settings: dict[str, Any]) -> None:
-        import trackio  # type: ignore[import-not-found]
+        import trackio
 
         self._trackio = trackio
         name = f"{run.name}-{_identity(run)}"  # it goes on with a run of the same name
@@ -76,7 +76,7 @@ class _Trackio:
 
 class _Wandb:
     def __init__(self, run: Path, settings: dict[str, Any]) -> None:
-        import wandb  # type: ignore[import-not-found]
+        import wandb
 
         self._run = wandb.init(
             project="mobillama", name=run.name, id=_identity(run), dir=str(run), config=settings, resume="allow"

@@ -23,26 +23,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from contenders import CONTENDERS, PEERS, our_train_config
 
 from mobillama.console import note, table
 from mobillama.data.dataset import Batch, Dataset
 from mobillama.model.cost import model_cost
-from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainRecipe, TrainConfig
+from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainRecipe
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 from mobillama.train.loop import Silent, pretrain
-from mobillama.train.step import Stepper
-from mobillama.train.world import World
 
 RESULTS = Path(__file__).parent / "results" / "train.json"
 BF16_PEAK = 989e12  # an H100's, dense; model FLOPs utilisation (MFU) is stated as a share of it
-Step = Callable[[int], float]
+WHOLE_RUN = "ours, whole run"
+DEFAULTS = {
+    "cpu": ["ours", "plain", "plain, by layer", *(name for name in PEERS if name != "litgpt")],
+    "cuda": [name for name in CONTENDERS if not name.startswith("Trainer")],
+}
+RIVALS = {"ours": ("plain", "plain, by layer"), "ours, float8": ("plain, float8", "plain, float8, by layer")}
+BLOCKS = 3
 
 
 class RandomTokens:
@@ -59,42 +64,6 @@ class RandomTokens:
         """Return a part of a step's batch."""
         rows = np.arange(step * batch_size, (step + 1) * batch_size)[part] % len(self._ids)
         return Batch(self._ids[rows], rows, np.zeros(len(rows), np.int64))
-
-
-def our_train_config(args: argparse.Namespace, float8: bool, fused: bool) -> TrainConfig:
-    """How our contenders train."""
-    return TrainConfig(
-        steps=args.warm_up + args.steps,
-        batch_size=args.micro_batch,
-        micro_batch_size=args.micro_batch,
-        precision="bfloat16",
-        device=args.device,
-        compile=not args.eager,
-        fused=fused and is_hopper(args.device),
-        float8=float8,
-        checkpoint_every=200,
-        keep_checkpoints=1,
-        validate_every=0,
-    )
-
-
-def is_hopper(device: str) -> bool:
-    """Tell whether the fused step runs there."""
-    return device.startswith("cuda") and torch.cuda.get_device_capability()[0] == 9
-
-
-def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, fused: bool) -> Step:
-    """Our step, as a run takes it."""
-    train = our_train_config(args, float8, fused)
-    recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
-    stepper = Stepper(recipe, data, World(0, 1, 1, torch.device(args.device)))
-
-    def step(number: int) -> float:
-        numbers = stepper.gradient(number)
-        stepper.update(3e-4)
-        return numbers.loss
-
-    return step
 
 
 class Clock(Silent):
@@ -123,106 +92,6 @@ def whole_run(config: ModelConfig, args: argparse.Namespace) -> tuple[float, flo
     return clock.times[259] - clock.times[59], float(np.median(steps))
 
 
-def plain(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, regional: bool) -> Step:
-    """The plain reference."""
-    from plain import plain_step
-
-    shape = {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "inner": config.intermediate_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "blocks": 1 if config.share == "block" else config.num_hidden_layers,
-        "ffns": config.num_hidden_layers if config.share == "none" else 1,
-        "context": data.sequence_length - 1,
-    }
-    return _fed(plain_step(shape, args.device, float8, regional), data, args)
-
-
-def transformers(config: ModelConfig, data: Any, args: argparse.Namespace, compiled: bool) -> Step:
-    """LlamaForCausalLM of the same compute: nothing shared, which transformers cannot."""
-    from transformers import LlamaForCausalLM
-
-    from mobillama.hf.unshare import stock_config
-
-    model = LlamaForCausalLM._from_config(stock_config(config), dtype=torch.float32).to(args.device)
-    model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    if compiled:
-        model.compile()
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss = model(ids[:, :-1], labels=ids[:, 1:], shift_labels=ids[:, 1:].contiguous()).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return _fed(step, data, args)
-
-
-def litgpt(config: ModelConfig, data: Any, args: argparse.Namespace) -> Step:
-    """litgpt's GPT of the same compute in the step of its ``pretrain``: nothing shared, compiled, bf16-mixed."""
-    from litgpt import GPT, Config
-    from litgpt.utils import chunked_cross_entropy
-
-    shape = {
-        "block_size": data.sequence_length - 1,
-        "padded_vocab_size": config.vocab_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_embd": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "rotary_percentage": 1.0,
-        "parallel_residual": False,
-        "bias": False,
-        "norm_class_name": "RMSNorm",
-        "mlp_class_name": "LLaMAMLP",
-    }
-    model = GPT(Config(**shape)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    compiled = torch.compile(model)
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss = chunked_cross_entropy(compiled(ids[:, :-1]), ids[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return _fed(step, data, args)
-
-
-def _fed(step: Callable[[torch.Tensor], torch.Tensor], data: Any, args: argparse.Namespace) -> Step:
-    def take(number: int) -> float:
-        ids = data.batch(0, number, args.micro_batch, slice(None)).ids
-        return float(step(torch.from_numpy(ids).to(args.device)))
-
-    return take
-
-
-CONTENDERS: dict[str, Callable[..., Step]] = {
-    "ours": lambda *a: ours(*a, float8=False, fused=True),
-    "ours, compiled": lambda *a: ours(*a, float8=False, fused=False),
-    "plain": lambda *a: plain(*a, float8=False, regional=False),
-    "plain, by layer": lambda *a: plain(*a, float8=False, regional=True),
-    "litgpt": litgpt,
-    "transformers": lambda *a: transformers(*a, compiled=True),
-    "transformers, eager": lambda *a: transformers(*a, compiled=False),
-    "ours, float8": lambda *a: ours(*a, float8=True, fused=False),
-    "plain, float8": lambda *a: plain(*a, float8=True, regional=False),
-    "plain, float8, by layer": lambda *a: plain(*a, float8=True, regional=True),
-}
-WHOLE_RUN = "ours, whole run"
-PEERS = ("litgpt", "transformers", "transformers, eager")
-RIVALS = {"ours": ("plain", "plain, by layer"), "ours, float8": ("plain, float8", "plain, float8, by layer")}
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the speed of one contender, in this process."""
     config = PRESETS[args.preset][0]
@@ -246,15 +115,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
     started = time.perf_counter()
     step = CONTENDERS[args.one](config, data, args)
-    losses = [step(number) for number in range(args.warm_up)]
+    losses = [float(step(number)) for number in range(args.warm_up)]
     synchronize()
     first = time.perf_counter() - started
     seconds = []
-    for number in range(args.steps):
+    for block in np.array_split(np.arange(args.warm_up, args.warm_up + args.steps), BLOCKS):
         before = time.perf_counter()
-        step(args.warm_up + number)
+        for number in block:
+            step(int(number))
         synchronize()
-        seconds.append(time.perf_counter() - before)
+        seconds.append((time.perf_counter() - before) / len(block))
     median = float(np.median(seconds))
     return {
         "micro_batch": args.micro_batch,
@@ -315,14 +185,18 @@ def main() -> None:
     """Compare, or measure one contender here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mobillama-0.5b", help="(default: %(default)s)")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=[*CONTENDERS, WHOLE_RUN], default=list(CONTENDERS), metavar="NAME"
-    )
+    names = [*CONTENDERS, WHOLE_RUN]
+    parser.add_argument("--contenders", nargs="+", choices=names, metavar="NAME", help="(default: those of the device)")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences in a step (default: %(default)s)")
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--data", type=Path, help="prepared data to learn from instead of random ids")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps; their median counts (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=12,
+        help="timed steps, in three blocks of which the median counts (default: %(default)s)",
+    )
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them (default: %(default)s)")
     parser.add_argument("--eager", action="store_true", help="ours without compilation, as on a CPU without compiler")
     parser.add_argument("--limit", type=int, default=150, help="seconds for a contender (default: %(default)s)")
@@ -332,6 +206,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args)))
         return
+    args.contenders = args.contenders or DEFAULTS[args.device.partition(":")[0]]
     key = f"{args.preset} {args.device}{' data' if args.data else ''}"
     known = read_json(args.out) if args.out.exists() else {}
     for compared in compare(args):

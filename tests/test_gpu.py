@@ -15,6 +15,7 @@ from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.train.fused import fuse_layers
 from mobillama.train.loop import Silent, pretrain
+from mobillama.train.meters import peak_flops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -111,3 +112,15 @@ def test_a_run_on_cuda_learns_and_resumes_with_the_same_sequences(recipe_file, t
     series = [json.loads(line) for line in (tmp_path / "host" / "metrics.jsonl").read_text().splitlines()]
     on_host = [line["loss"] for line in series if line["kind"] == "step"]
     assert max(abs(a - b) for a, b in zip(losses, on_host, strict=True)) < 0.05
+
+
+def test_what_deterministic_steps_cost_and_how_mfu_is_computed_are_told(recipe_file):
+    told = Silent()
+    options = ["--train.device", "cuda", "--train.deterministic", "true", "--train.precision", "bfloat16"]
+    try:
+        pretrain(load_recipe(PretrainRecipe, recipe_file, options), told)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert any("train.deterministic: steps can be repeated to the bit, which took" in note for note in told.notes)
+    if peak_flops(torch.cuda.get_device_name()):
+        assert any(note.startswith("MFU = tokens/s ×") for note in told.notes)

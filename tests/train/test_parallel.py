@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +19,16 @@ import torch
 from safetensors.torch import load_file
 from test_loop import assert_same_bits
 
-from conftest import run_cli
+from conftest import CONTEXT, run_cli
 from mobillama.config import load_recipe
+from mobillama.data.dataset import Dataset
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.record.chain import read_chain
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
+from mobillama.train.device import autocast_to
 from mobillama.train.loop import Silent, pretrain
+from mobillama.train.objective import Objective
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import World
 
@@ -122,6 +128,40 @@ def test_what_layers_share_is_gathered_and_reduced_once_a_step(recipe_file, tmp_
     assert found["fingerprint"] == fingerprint(model.state_dict(), World(0, 1, 1, next(model.parameters()).device))
 
 
+def exact_shared_gradient(recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
+    """Return the first step's gradient as the float64 sum of the bfloat16 steps of separate, equal networks."""
+    once = MobiLlama(recipe.model)
+    initialise(once, recipe.model, recipe.seed)
+    twin = MobiLlama(dataclasses.replace(recipe.model, share="none"))
+    weights = once.state_dict()
+    twin.load_state_dict({name: weights[re.sub(r"ffns\.\d+", "ffns.0", name)] for name in twin.state_dict()})
+    objective = Objective(twin, 0.0, None, autocast_to("bfloat16", torch.device("cpu")))
+    dataset, size, micro = Dataset(Path(recipe.data)), recipe.train.batch_size, recipe.train.micro_batch_size
+    sums: dict[str, torch.Tensor] = {}
+    for first in range(0, size, micro):
+        ids = torch.from_numpy(dataset.batch(recipe.seed, 0, size, slice(first, first + micro)).ids)
+        twin.zero_grad()
+        (objective(ids)[0] / (size * (dataset.sequence_length - 1))).backward()
+        for name, parameter in twin.named_parameters():
+            shared = re.sub(r"ffns\.\d+", "ffns.0", name)
+            sums[shared] = sums.get(shared, 0) + parameter.grad.double()
+    return {name: gradient for name, gradient in sums.items() if "ffns" in name}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_shared_gradient_adds_up_in_float32_over_layers_micro_batches_and_processes(recipe_file, tmp_path, kind):
+    """Sums in bfloat16, over the uses or between processes, are off by more than 1e-3."""
+    words = ["--model.num_hidden_layers", "22", "--train.precision", "bfloat16", "--train.micro_batch_size", "2"]
+    words += ["--optimizer.clip_norm", "0", "--train.parallelism", kind]
+    done = launch(2, SCRIPTS / "shared_gradient.py", recipe_file, tmp_path / "gradient.safetensors", *words)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "gradient.safetensors")
+    exact = exact_shared_gradient(load_recipe(PretrainRecipe, recipe_file, words))
+    assert found.keys() == exact.keys() and len(exact) == 3
+    for name, gradient in exact.items():
+        assert float((found[name].double() - gradient).norm() / gradient.norm()) < 1e-6, name
+
+
 def test_a_fingerprint_tells_one_bit_and_two_swapped_numbers():
     config = ModelConfig(512, 16, 24, 2, 2)
     model = MobiLlama(config)
@@ -164,6 +204,48 @@ def test_a_killed_process_is_noticed_and_torchrun_starts_all_anew(recipe_file, t
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["positions"] == other["positions"]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_process_that_fails_alone_in_mid_save_ends_all_and_the_save_is_kept(recipe_file, alone, data, tmp_path):
+    """Only the second process reads the row that is damaged, while the checkpoint of step 4 is being flushed."""
+    shutil.copytree(data, tmp_path / "data")
+    dataset = Dataset(tmp_path / "data")
+    row = int(dataset.rows_of_step(7, 5, 8)[6])
+    chunk = bisect.bisect_right(dataset.chunk_ends, row)
+    victim = sorted((tmp_path / "data" / "train").glob("chunk-*[0-9].npy"))[chunk]
+    whole = victim.read_bytes()
+    harmed = bytearray(whole)
+    harmed[-(dataset.chunk_ends[chunk] - row) * (CONTEXT + 1) * 2] ^= 1
+    victim.write_bytes(harmed)
+    words = ("-m", "--", "mobillama", "pretrain", recipe_file, "--data", tmp_path / "data")
+    done = launch(2, SCRIPTS / "slow_storage.py", *words[4:])
+    assert "differs from what was prepared" in done.stderr
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 4 ", done.stderr), done.stderr  # torchrun's root cause
+    assert "in pretrain" not in done.stderr  # no traceback of ours
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
+    victim.write_bytes(whole)
+    done = launch(2, *words)
+    assert "resuming after step 4" in done.stderr
+    for mine, other in zip(steps_of(tmp_path / "run"), steps_of(alone), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def test_a_process_killed_in_mid_save_ends_the_others_without_a_traceback(recipe_file, tmp_path):
+    process = subprocess.Popen(
+        torchrun(2, SCRIPTS / "slow_storage.py", recipe_file),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob(".step-000004.tmp/state.json")):
+        time.sleep(0.01)
+    os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 ", errors), errors
+    assert "in pretrain" not in errors
+    assert newest_whole_checkpoint(checkpoints) in [(None, []), (checkpoints / "step-000004", [])]
 
 
 def test_a_signal_to_torchrun_saves_once_though_it_comes_twice(recipe_file, tmp_path):

@@ -41,8 +41,23 @@ def test_a_plan_says_what_the_papers_run_takes():
     assert facts["state_gib"] == pytest.approx(16 * 534_865_920 / 2**30)
     assert facts["micro_batches"] == 1
     assert facts["disk_gb"] == pytest.approx(344 * 12 * 534_865_920 / 1e9)
-    sharded = load_recipe(PretrainRecipe, PAPER / "mobillama-0.5b.yaml", ["--train.parallelism", "hsdp"])
-    assert plan(sharded, 160, "A100", 8)["state_gib"] == pytest.approx(2 * 534_865_920 / 2**30)
+    flops = 1.2e12 * (6 * (22 * (4 * 2048**2 + 3 * 2048 * 5632) + 32000 * 2048) + 6 * 22 * 2 * 2048 * 1024)
+    assert facts["hours"] == pytest.approx(flops / (160 * 312e12 * facts["mfu_assumed"]) / 3600, rel=1e-5)
+    assert facts["epochs"] == pytest.approx(732_422 * 800 / (360 * 1_706_976))
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [
+        ("mobillama-0.5b", 2 * 32000 * 2048 + 3 * 2048 * 5632 + 2048),  # the shared network is the root's
+        ("large-base", 2 * 32000 * 2048 + 2048),
+    ],
+)
+def test_a_share_of_a_model_comes_with_what_is_gathered_of_the_whole(name, root):
+    recipe = load_recipe(PretrainRecipe, PAPER / f"{name}.yaml", ["--train.parallelism", "hsdp"])
+    whole = {"mobillama-0.5b": 534_865_920, "large-base": 1_261_529_088}[name]
+    layer = (whole - root) / 22
+    assert plan(recipe, 160, "A100", 8)["state_gib"] == pytest.approx((2 * whole + 8 * (root + 2 * layer)) / 2**30)
 
 
 def test_a_plans_memory_is_near_what_was_measured():

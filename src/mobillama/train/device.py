@@ -11,6 +11,10 @@ import torch
 
 from mobillama.errors import UsageError
 
+# Share of its speed that mobillama-0.5b lost on one H100: the run of docs/experiments/h100-resume made 61.1 thousand
+# tokens/s, a bare step that need not be repeatable 66.5 thousand, 52% of the peak (benchmarks/train.py).
+DETERMINISTIC_COST = 0.08
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is CUDA where there is one, else the CPU.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as NotYet
-from threading import Thread
 
 from mobillama.data.dataset import Batch, Dataset, partition
 from mobillama.errors import UsageError
+from mobillama.train.background import Background
 from mobillama.train.world import World
 
-_PATIENCE = 10.0  # seconds until a reader counts as hung
+_PATIENCE = 8.0  # seconds until a reader counts as hung
 _READERS = 6  # that are tried one after another
 
 
@@ -44,7 +42,7 @@ class Loader:
         self.parts = partition(batch_size, micro_batch_size, world.rank, world.size)
         self.waited = 0.0
         """Seconds that steps have waited for data."""
-        self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._ahead: dict[int, Background[list[Batch]]] = {}
 
     def take(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step (from 0), and begin to read the next step.
@@ -54,16 +52,15 @@ class Loader:
             UsageError: storage does not answer.
         """
         started = time.perf_counter()
-        future = self._ahead.pop(step, None) or self._start(step)
+        reader = self._ahead.pop(step, None) or self._start(step)
         for _ in range(_READERS):
-            try:
-                batches = future.result(_PATIENCE)
+            if reader.ended(_PATIENCE):
+                batches = reader.result()
                 break
-            except NotYet:
-                self.on_note(
-                    f"{self.dataset.path}: step {step + 1} has waited {_PATIENCE:.0f} s for its data; asking another reader"
-                )
-                future = self._start(step)
+            self.on_note(
+                f"{self.dataset.path}: step {step + 1} has waited {_PATIENCE:.0f} s for its data; asking another reader"
+            )
+            reader = self._start(step)
         else:
             raise UsageError(
                 f"{self.dataset.path}: does not answer for {_READERS * _PATIENCE:.0f} s; look at the storage and run the "
@@ -74,22 +71,9 @@ class Loader:
         return batches
 
     def close(self) -> None:
-        """Wait for a reader that is at work: an interpreter that ends under a thread's feet crashes."""
-        for future in self._ahead.values():
-            wait([future], _PATIENCE)
+        """Wait for a reader that is at work, unless it hangs."""
+        for reader in self._ahead.values():
+            reader.ended(_PATIENCE)
 
-    def _start(self, step: int) -> Future[list[Batch]]:
-        # A thread of its own for each step: one that hangs stands in nobody's way, and the process may end without it.
-        future: Future[list[Batch]] = Future()
-        Thread(target=_fulfil, args=(future, self._read, step), daemon=True).start()
-        return future
-
-    def _read(self, step: int) -> list[Batch]:
-        return [self.dataset.batch(self.seed, step, self.batch_size, part) for part in self.parts]
-
-
-def _fulfil(future: Future[list[Batch]], read: Callable[[int], list[Batch]], step: int) -> None:
-    try:
-        future.set_result(read(step))
-    except BaseException as error:
-        future.set_exception(error)
+    def _start(self, step: int) -> Background[list[Batch]]:
+        return Background(lambda: [self.dataset.batch(self.seed, step, self.batch_size, part) for part in self.parts])

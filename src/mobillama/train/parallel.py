@@ -47,18 +47,21 @@ def distribute(objective: Objective, world: World, kind: str, shard_ranks: int =
         shape, names = (world.size // shard_ranks, shard_ranks), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     decoder = objective.model.model
-    for layer, own in _groups(decoder):
+    for layer, own in layer_groups(decoder):
         # FSDP takes a group's parameters from the module whose call gathers them, and a layer does not own its network.
         layer.add_module("own", own)
         fully_shard(layer, mesh=mesh)
         del layer.own
-    sharded = {p for layer, own in _groups(decoder) for part in (layer, own) for p in part.parameters()}
+    sharded = {p for layer, own in layer_groups(decoder) for part in (layer, own) for p in part.parameters()}
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, ignored_params=sharded)
     return objective
 
 
-def _groups(decoder: Decoder) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return each stored layer that is used once, with the feed-forward network that it alone uses, if there is one."""
+def layer_groups(decoder: Decoder) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return each stored layer that is used once, with the feed-forward network that it alone uses, if there is one.
+
+    Each is a group of FSDP's; all else is the root's.
+    """
     uses_of_layer = Counter(layer for layer, _ in decoder.layer_weights)
     uses_of_ffn = Counter(ffn for _, ffn in decoder.layer_weights)
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ class Records:
     Args:
         run: the run directory.
         writes: whether this process writes.
-        sink: what else is told of each metric.
+        sink: what else is told of each metric, as long as it takes them.
+        on_note: told when it does not.
     """
 
-    def __init__(self, run: Path, writes: bool, sink: Sink | None) -> None:
-        self.run, self.writes, self.sink = run, writes, sink
+    def __init__(
+        self, run: Path, writes: bool, sink: Sink | None, on_note: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.run, self.writes, self.sink, self.on_note = run, writes, sink, on_note
 
     def truncate(self, lengths: dict[str, int] | None) -> None:
         """Cut the files back to what a checkpoint's state says of them; None: to nothing.
@@ -59,8 +62,7 @@ class Records:
                 yield
         finally:
             self._ledger.close()
-            if self.sink:
-                self.sink.close()
+            self._tell(lambda sink: sink.close())
 
     def chain(self, entry: dict[str, Any]) -> None:
         """Add a line to the ledger."""
@@ -73,8 +75,7 @@ class Records:
             return
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
-        if self.sink:
-            self.sink.add(record)
+        self._tell(lambda sink: sink.add(record))
 
     def state(self) -> dict[str, Any]:
         """Make both files durable, and return what a checkpoint keeps of them."""
@@ -83,6 +84,16 @@ class Records:
         os.fsync(self._metrics.fileno())
         lengths = {METRICS_FILE: os.fstat(self._metrics.fileno()).st_size, LEDGER_FILE: self._ledger.sync()}
         return {"bytes": lengths, "ledger": self._ledger.head}
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        """Tell the sink; one that fails is told no more, and the run goes on without it."""
+        if self.sink is None:
+            return
+        try:
+            what(self.sink)
+        except Exception as error:
+            self.sink = None
+            self.on_note(f"train.sink: failed ({error}) and is told no more; {self.run / METRICS_FILE} holds all of it")
 
 
 def recorded_steps(run: Path) -> int:

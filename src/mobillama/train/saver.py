@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mobillama.errors import UsageError
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import fsync_directory, fsync_tree, write_json
 from mobillama.record.manifest import read_manifest, write_manifest
+from mobillama.train.background import Background
 from mobillama.train.checkpoint import (
     checkpoint_path,
     count_updates,
@@ -44,6 +45,9 @@ from mobillama.train.checkpoint import (
 )
 from mobillama.train.weights import fingerprint, local_part
 from mobillama.train.world import World
+
+_PATIENCE = 10.0  # seconds between words about a checkpoint that keeps training waiting
+_LAST_PATIENCE = 120.0  # seconds that a run which has failed waits for the checkpoint under way
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Saver:
         tokenizer: goes with the model.
         keep: newest checkpoints to keep; 0 keeps all.
         keep_every: of the others, those at multiples of this step are kept; 0: none.
+        on_note: told when training waits for files.
     """
 
     def __init__(
@@ -80,22 +85,22 @@ class Saver:
         tokenizer: Tokenizer,
         keep: int = 0,
         keep_every: int = 0,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.directory, self.world, self.config, self.tokenizer = directory, world, config, tokenizer
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_every, self.on_note = keep, keep_every, on_note
         # A group of its own: what it does in the background must not mix with what training does.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: Future[Saved] | None = None
+        self._under_way: Background[Saved] | None = None
         self._held_up = 0.0
         self._copies: dict[str, Tensor] = {}
-        self._reserved: Future[None] | None = None
+        self._reserved: Background[None] | None = None
         self._mesh: DeviceMesh | None = None
 
     @property
     def failed(self) -> bool:
         """Whether the save under way has come to an error; :meth:`wait` raises it."""
-        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
+        return self._under_way is not None and self._under_way.error is not None
 
     def reserve(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Begin to get the memory that copies of GPU tensors need, which takes seconds the first time."""
@@ -109,7 +114,7 @@ class Saver:
             for name, shape in needed.items():
                 self._copies[name] = torch.empty(shape, pin_memory=True)
 
-        self._reserved = self._thread.submit(reserve)
+        self._reserved = Background(reserve)
 
     def start(
         self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
@@ -126,13 +131,14 @@ class Saver:
         memory_fingerprint = fingerprint(optimizer_tensors(model, optimizers), self.world)
         state = {**state, "step": step, "updates": count_updates(optimizers), "optimizer": memory_fingerprint}
         self._held_up = time.perf_counter() - started
-        self._under_way = self._thread.submit(self._write, step, weights, memory, state, started)
+        self._under_way = Background(lambda: self._write(step, weights, memory, state, started))
+        self._step = step
 
     def resume(self, path: Path) -> None:
         """Take a committed checkpoint for the save under way: :meth:`wait` returns it."""
         manifest = read_manifest(path, CHECKPOINT_FORMAT)
-        self._under_way, self._held_up = Future(), 0.0
-        self._under_way.set_result(Saved(path, manifest["step"], _digests(manifest, read_state(path)), 0.0, 0.0))
+        saved = Saved(path, manifest["step"], _digests(manifest, read_state(path)), 0.0, 0.0)
+        self._under_way, self._held_up = Background(lambda: saved), 0.0
 
     def wait(self) -> Saved | None:
         """Wait until the save under way is committed and return it; None when none is.
@@ -143,9 +149,19 @@ class Saver:
         if self._under_way is None:
             return None
         started, under_way, self._under_way = time.perf_counter(), self._under_way, None
+        while not under_way.ended(_PATIENCE):
+            waited = time.perf_counter() - started
+            self.on_note(
+                f"{checkpoint_path(self.directory, self._step)}: training waits for its files, {waited:.0f} s so far"
+            )
         saved = under_way.result()
         held_up = self._held_up + time.perf_counter() - started
         return Saved(saved.path, saved.step, saved.digests, saved.seconds, held_up)
+
+    def close(self) -> None:
+        """Wait for the save under way, which may yet be committed though the run has failed; but not for ever."""
+        if self._under_way is not None:
+            self._under_way.ended(_LAST_PATIENCE)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a copy of a weight, gathered from all processes, in the first of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def join_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, or stand alone; ``device`` is a recipe's.
 
     Raises:
-        UsageError: torchrun's environment is incomplete, or there are more processes than devices.
+        UsageError: torchrun's environment is incomplete, there are more processes than devices, or within the block the
+            other processes have ended or do not answer for ten minutes; the first process alone tells so.
     """
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, 1, choose_device(device))
@@ -104,6 +106,12 @@ def join_world(device: str) -> Iterator[World]:
     )
     try:
         yield World(rank, size, per_node, chosen)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
+        said = f"the other processes do not answer ({reason}); look at what the first of them to end has said"
+        raise UsageError(f"{said}, and run the same command again" if rank == 0 else "") from None
     finally:
         dist.destroy_process_group()
 

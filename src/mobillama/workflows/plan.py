@@ -6,20 +6,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mobillama.console import table
 from mobillama.data.dataset import Dataset
 from mobillama.errors import UsageError
 from mobillama.model.cost import model_cost
-from mobillama.recipe import PretrainRecipe
+from mobillama.model.transformer import MobiLlama
+from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.train.cadence import checkpoint_bytes, checkpoint_due, kept_checkpoints
 from mobillama.train.meters import GPUS, peak_flops
+from mobillama.train.parallel import layer_groups
 
 # Share of the peak that our step reaches on one H100 at mobillama-0.5b (benchmarks/train.py, attention counted causally).
 MEASURED_MFU = 0.52
 # Residual-wide 16-bit numbers that a layer keeps of a token for its backward pass, and inner-wide ones.
 _KEPT = {"none": (9, 2), "selective": (6, 2), "full": (1, 0)}
 _PLAIN_BYTES = 16  # float32 weight, gradient and AdamW's two moments
+_GATHERED_BYTES = 8  # float32 weight and gradient
 _AMBER_CHUNKS, _AMBER_CHUNK = 360, 1_706_976
 
 
@@ -48,13 +53,15 @@ def plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -> dic
     dataset = Dataset(Path(recipe.data)) if has_data else None
     context = dataset.sequence_length - 1 if dataset else model.max_position_embeddings
     ends = dataset.chunk_ends if dataset else [_AMBER_CHUNK * (n + 1) for n in range(_AMBER_CHUNKS)]
-    written, kept = kept_checkpoints(recipe, checkpoint_due(train, context, ends))
+    written, on_disk = kept_checkpoints(recipe, checkpoint_due(train, context, ends))
     cost = model_cost(model, context)
     tokens = train.steps * train.batch_size * context
     micro = min(train.micro_batch_size, train.batch_size // gpus)
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, train.shard_ranks or gpus_per_node)}[train.parallelism]
-    wide, inner = _KEPT[train.activation_checkpointing]
-    numbers = wide * model.hidden_size + inner * model.intermediate_size
+    state = _PLAIN_BYTES * cost.stored_parameters / shards + (_GATHERED_BYTES * _gathered(model) if shards > 1 else 0)
+    kept = model.num_hidden_layers * _kept(model, train.activation_checkpointing)
+    if train.activation_checkpointing == "full":
+        kept += _kept(model, "none")  # of the layer that is computed again
     hours = tokens * cost.training_flops_causal / (gpus * peak * MEASURED_MFU) / 3600
     return {
         "parameters": cost.stored_parameters,
@@ -62,13 +69,13 @@ def plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -> dic
         "tokens": tokens,
         "epochs": train.steps * train.batch_size / ends[-1],
         "data": str(recipe.data) if dataset else "not prepared yet; taken to be Amber's 360 chunks",
-        "state_gib": _PLAIN_BYTES * cost.stored_parameters / shards / 2**30,
-        "activations_gib": 2 * numbers * micro * context * model.num_hidden_layers / 2**30,
+        "state_gib": state / 2**30,
+        "activations_gib": 2 * kept * micro * context / 2**30,
         "micro_batches": -(-train.batch_size // gpus // micro),
         "checkpoints": written,
-        "checkpoints_kept": kept,
+        "checkpoints_kept": on_disk,
         "checkpoint_gb": checkpoint_bytes(recipe) / 1e9,
-        "disk_gb": kept * checkpoint_bytes(recipe) / 1e9,
+        "disk_gb": on_disk * checkpoint_bytes(recipe) / 1e9,
         "disk_free_gb": shutil.disk_usage(_existing(Path(recipe.run))).free / 1e9,
         "gpus": gpus,
         "gpu": gpu,
@@ -87,7 +94,7 @@ def show_plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -
     rows = [
         ("parameters stored", f"{facts['parameters']:,}"),
         ("steps", f"{facts['steps']:,}"),
-        ("tokens", f"{facts['tokens'] / 1e9:,.3g} B · {facts['epochs']:.3g} epochs"),
+        ("tokens", f"{facts['tokens']:,} · {facts['epochs']:.3g} epochs"),
         ("data", facts["data"]),
         ("memory of a GPU, estimated", f"{total:.1f} GiB"),
         ("  weights, gradient, moments", f"{facts['state_gib']:.1f} GiB ({recipe.train.parallelism})"),
@@ -100,9 +107,27 @@ def show_plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -
     ]
     table(f"{recipe.run}: what it would take", ["", "plan"], rows)
     print(
-        f"Hours assume {facts['mfu_assumed']:.0%} of the GPU's bfloat16 peak, what one H100 reaches at mobillama-0.5b, and "
-        "leave out communication between GPUs.\nMemory is computed from the shape; the CUDA context and buffers come on top."
+        f"Hours assume {facts['mfu_assumed']:.0%} of the GPU's bfloat16 peak, what one H100 reached at mobillama-0.5b "
+        "(benchmarks/train.py);\nthey leave out communication between GPUs, what float8 gains and activation checkpointing "
+        "costs.\n"
+        "Memory is computed from the shape; the CUDA context and buffers come on top."
     )
+
+
+def _kept(model: ModelConfig, mode: str) -> int:
+    """Return how many 16-bit numbers a layer keeps of a token for its backward pass."""
+    wide, inner = _KEPT[mode]
+    return wide * model.hidden_size + inner * model.intermediate_size
+
+
+def _gathered(config: ModelConfig) -> int:
+    """Return the numbers that FSDP holds whole at a time: the root's, a layer's, and those of the layer that comes next."""
+    with torch.device("meta"):
+        model = MobiLlama(config)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    groups = layer_groups(model.model)
+    layers = [sum(p.numel() for part in group for p in part.parameters()) for group in groups]
+    return whole - sum(layers) + 2 * max(layers, default=0)
 
 
 def _existing(path: Path) -> Path:

@@ -252,6 +252,34 @@ def test_ctrl_c_ends_it_at_once_and_quietly(long, tmp_path, workers):
     assert (out / "manifest.json").read_bytes() == manifest
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_while_a_worker_is_started_is_quiet_too(long, tmp_path, moment):
+    """It comes when the fork server is up and is about to be asked for a second worker, or that one for its work."""
+    recipe, *_ = long
+    script = f"""
+import os, signal, sys
+from multiprocessing import reduction
+from mobillama.cli import main
+whole, calls = reduction.sendfds, []
+def sendfds(*words):
+    calls.append(words)
+    if len(calls) == 2 and {moment == "before"}:
+        os.killpg(0, signal.SIGINT)
+    whole(*words)
+    if len(calls) == 2 and {moment == "after"}:
+        os.killpg(0, signal.SIGINT)
+reduction.sendfds = sendfds
+sys.exit(main(["data", "prepare", {str(recipe)!r}, "--out", {str(tmp_path / "out")!r}, "--workers", "2"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert is_quiet(said), said
+    wait_for_end(process.pid, 2)
+
+
 def test_a_worker_that_is_killed_is_noticed(long, tmp_path):
     recipe, *_ = long
     process = start(recipe, tmp_path / "out", 2)

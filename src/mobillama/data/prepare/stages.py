@@ -201,13 +201,14 @@ class _Local(_Told, LocalPipelineExecutor):
         context = _worker_context()
         workers: dict[Any, Any] = {}
         try:
-            for rank in itertools.islice(ranks, self.workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(self, theirs), daemon=True)
-                process.start()
-                workers[ours] = process
-                theirs.close()
-                ours.send(rank)
+            with _ctrl_c_waits():
+                for rank in itertools.islice(ranks, self.workers):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_work, args=(self, theirs), daemon=True)
+                    process.start()
+                    workers[ours] = process
+                    theirs.close()
+                    ours.send(rank)
             busy = set(workers)
             while busy:
                 worker: Any
@@ -248,6 +249,22 @@ def _worker_context() -> Any:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return context
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a worker that is told half of what it is to do prints a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _work(executor: _Local, parent: Any) -> None:

@@ -1,0 +1,42 @@
+"""What a step took, on a device whose name alone is an H100's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mobillama.recipe import ModelConfig
+from mobillama.train.meters import Meters, peak_flops
+from mobillama.train.world import World
+
+
+@pytest.fixture
+def meters(monkeypatch) -> Meters:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    return Meters(World(0, 2, 2, torch.device("cuda:0")), ModelConfig(), 2048)
+
+
+def test_mfu_is_stated_with_its_formula_and_peak(meters):
+    """1,196 M multiply-adds with weights and 22 layers of 2 × 2,048 × 1,024 with visible keys and values (FACTS: 7.73)."""
+    per_token = 6 * (22 * (4 * 2048**2 + 3 * 2048 * 5632) + 32000 * 2048) + 6 * 22 * 2 * 2048 * 1024
+    assert meters.describe() == (
+        f"MFU = tokens/s × {per_token / 1e9:.3f} GFLOP (6 for each multiply-add with a weight, attention over the visible "
+        "half) / (2 × 989 TFLOP/s in bfloat16)"
+    )
+    facts = meters.read(2 * 16 * 2048, waited=0.5)
+    assert facts["mfu"] == pytest.approx(facts["tokens_per_second"] * per_token / (2 * 989e12))
+    assert facts["tokens_per_second"] == pytest.approx(2 * 16 * 2048 / facts["seconds"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's energy is measured")
+def test_energy_without_a_counter_is_board_power_and_is_called_an_estimate(meters):
+    facts = meters.read(1, waited=0.0)
+    assert facts["joules"] == {"estimated": pytest.approx(2 * 700 * facts["seconds"])}
+
+
+def test_what_is_not_known_is_not_stated():
+    cpu = Meters(World(0, 1, 1, torch.device("cpu")), ModelConfig(), 2048)
+    assert cpu.describe() == ""
+    assert not {"mfu", "joules"} & cpu.read(1, waited=0.0).keys()
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("Abacus") is None

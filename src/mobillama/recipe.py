@@ -334,7 +334,6 @@ class TrainConfig:
             kept = self.activation_checkpointing
             _require(kept != "selective", "train.activation_checkpointing", kept, "none or full with train.fused")
             _require(not self.mask_documents, "train.mask_documents", True, "false with train.fused")
-            _require(not self.float8, "train.float8", True, "false with train.fused")
         for name in (
             "shard_ranks",
             "keep_checkpoints",

@@ -7,7 +7,8 @@ import torch
 
 from mobillama.model.norm import normalise, normalise_backward
 from mobillama.model.rotary import rotary_tables, rotate_in_place, rotated_heads
-from mobillama.model.swiglu import swiglu_backward
+from mobillama.model.swiglu import swiglu, swiglu_backward
+from mobillama.train.arithmetic import quantise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,6 +50,28 @@ def test_one_table_serves_all_rows_of_a_batch():
         torch.testing.assert_close(part, wanted)
 
 
+def test_swiglu_tells_its_largest_magnitudes():
+    gate_up, grad = torch.randn(7, 2 * 300), torch.randn(7, 300)
+    output, parts = on_device(kernels.swiglu, gate_up)
+    torch.testing.assert_close(output, swiglu(gate_up))
+    torch.testing.assert_close(parts.amax(), output.abs().amax())
+    gradient, _, parts = on_device(kernels.swiglu_backward, gate_up, grad)
+    torch.testing.assert_close(parts.amax(), gradient.abs().amax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("by_row", "by_column"), [(True, True), (False, True), (True, False)])
+def test_quantising(dtype, by_row, by_column):
+    x = torch.randn(70, 150)
+    expected = quantise(x, x.abs().amax(), dtype, by_row, by_column)
+    found = on_device(kernels.quantise, x, x.abs().amax(), dtype, by_row, by_column)
+    for part, wanted in zip(found, expected, strict=True):
+        assert part.shape == wanted.shape
+        keep = wanted.float().frexp().mantissa.abs() != 0.5  # Triton's interpreter loses the carry into the exponent
+        keep = keep | torch.full_like(keep, DEVICE == "cuda")
+        torch.testing.assert_close(part.float()[keep], wanted.float()[keep], rtol=0, atol=2**-9)  # its subnormals too
+
+
 def test_swiglu_backward():
     gate_up, grad = torch.randn(7, 2 * 300), torch.randn(7, 300)
     for part, wanted in zip(
@@ -71,10 +94,10 @@ def test_rotation_in_place_leaves_the_values(back):
 def test_norm_and_its_gradient(width):
     x, grad_y, grad_x = (torch.randn(9, width) for _ in range(3))
     weight = torch.randn(width)
-    expected, factor = normalise(x, weight, 1e-5)
-    y, found = on_device(kernels.normalise, x, weight, 1e-5)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(found, factor)
+    expected = normalise(x, weight, 1e-5)
+    for part, wanted in zip(on_device(kernels.normalise, x, weight, 1e-5), expected, strict=True):
+        torch.testing.assert_close(part, wanted)
+    factor = expected[1]
     inputs = (x, factor, weight, grad_y, grad_x)
     for part, wanted in zip(on_device(kernels.normalise_backward, *inputs), normalise_backward(*inputs), strict=True):
         torch.testing.assert_close(part, wanted)

@@ -16,11 +16,13 @@ from mobillama.train.fused import fuse_layers
 CONFIG = ModelConfig(61, 48, 72, 4, 6, 2, max_position_embeddings=32)
 
 
-def gradients(config: ModelConfig, fused: bool, recompute: bool = False, passes: int = 1) -> dict[str, torch.Tensor]:
-    model = MobiLlama(config).double()
+def gradients(
+    config: ModelConfig, fused: bool, recompute: bool = False, float8: bool = False, passes: int = 1
+) -> dict[str, torch.Tensor]:
+    model = MobiLlama(config).to(torch.float32 if float8 else torch.float64)
     initialise(model, config, 0)
     if fused:
-        fuse_layers(model.model, recompute)
+        fuse_layers(model.model, float8, recompute)
     for number in range(passes):
         ids = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(number))
         total, _ = linear_cross_entropy(model.model(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
@@ -40,9 +42,18 @@ def test_gradients_are_the_plain_ones(share, groups, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
+def test_float8_gradients_are_near(recompute):
+    """An e4m3 number has 4 significant bits, an e5m2 number 3."""
+    expected, found = gradients(CONFIG, fused=False), gradients(CONFIG, True, recompute, float8=True)
+    for name, gradient in found.items():
+        error = float((gradient - expected[name]).norm() / expected[name].norm())
+        assert 1e-3 < error < 0.15, (name, error)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
 def test_it_keeps_six_streams_and_the_gates_of_a_layer(recompute):
     model = MobiLlama(CONFIG)
-    fuse_layers(model.model, recompute)
+    fuse_layers(model.model, recompute=recompute)
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

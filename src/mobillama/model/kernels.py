@@ -22,26 +22,58 @@ _PROGRAMS = 8 * 132
 
 
 @triton.jit
-def _swiglu_backward_kernel(gate_up, grad, gradient, output, size, inner: tl.constexpr, block: tl.constexpr):
+def _swiglu_kernel(gate_up, output, largest, size, inner: tl.constexpr, block: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = index < size
     left = index // inner * inner + index  # of the gate in rows of 2·inner
-    gate = tl.load(gate_up + left, mask=inside).to(tl.float32)
-    up = tl.load(gate_up + left + inner, mask=inside).to(tl.float32)
-    g = tl.load(grad + index, mask=inside).to(tl.float32)
+    gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(output + index, result, mask=inside)
+    tl.store(largest + tl.program_id(0), tl.max(tl.abs(result)))
+
+
+def swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return silu(gate) · up (n, i) of ``gate_up`` (n, 2 i), gate before up, and its largest magnitudes part by part."""
+    output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    programs = triton.cdiv(output.numel(), 1024)
+    largest = gate_up.new_empty(programs, dtype=torch.float32)
+    _swiglu_kernel[(programs,)](gate_up, output, largest, output.numel(), output.shape[1], 1024)
+    return output, largest
+
+
+@triton.jit
+def _swiglu_backward_kernel(gate_up, grad, gradient, output, largest, size, inner: tl.constexpr, block: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = index < size
+    left = index // inner * inner + index  # of the gate in rows of 2·inner
+    gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(gradient + left, g * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
-    tl.store(gradient + left + inner, g * silu, mask=inside)
+    of_gate, of_up = g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
+    tl.store(gradient + left, of_gate, mask=inside)
+    tl.store(gradient + left + inner, of_up, mask=inside)
     tl.store(output + index, silu * up, mask=inside)
+    tl.store(largest + tl.program_id(0), tl.max(tl.maximum(tl.abs(of_gate), tl.abs(of_up))))
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`swiglu`'s gradient (n, 2 i) for one of its output, the output again, and the gradient's largest
+    magnitudes part by part.
+    """
+    gate_up, grad = gate_up.contiguous(), grad.contiguous()
+    gradient, output = torch.empty_like(gate_up), torch.empty_like(grad)
+    programs = triton.cdiv(grad.numel(), 1024)
+    largest = grad.new_empty(programs, dtype=torch.float32)
+    _swiglu_backward_kernel[(programs,)](gate_up, grad, gradient, output, largest, grad.numel(), grad.shape[1], 1024)
+    return gradient, output, largest
 
 
 @torch.library.custom_op("mobillama::swiglu_backward", mutates_args=())
 def _swiglu_backward_cuda(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    gate_up, grad = gate_up.contiguous(), grad.contiguous()
-    gradient, output = torch.empty_like(gate_up), torch.empty_like(grad)
-    grid, size = (triton.cdiv(grad.numel(), 1024),), grad.numel()
-    _swiglu_backward_kernel[grid](gate_up, grad, gradient, output, size, grad.shape[1], 1024)
+    gradient, output, _ = swiglu_backward(gate_up, grad)
     return gradient, output
 
 
@@ -127,19 +159,21 @@ def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim:
 
 
 @triton.jit
-def _normalise_kernel(x, weight, y, factor, width, eps, block: tl.constexpr):
+def _normalise_kernel(x, weight, y, factor, largest, width, eps, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
     v = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     f = 1.0 / tl.sqrt(tl.sum(v * v) / width + eps)
     tl.store(factor + row, f)
-    tl.store(y + row * width + column, v * f * tl.load(weight + column, mask=inside), mask=inside)
+    result = v * f * tl.load(weight + column, mask=inside, other=0.0)
+    tl.store(y + row * width + column, result, mask=inside)
+    tl.store(largest + row, tl.max(tl.abs(result)))
 
 
 @triton.jit
 def _normalise_backward_kernel(
-    x, factor, weight, grad_y, grad_x, total, y, grad_weight, rows, width, block: tl.constexpr
+    x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width, block: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, block)
     inside = column < width
@@ -152,40 +186,67 @@ def _normalise_backward_kernel(
         grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
         weighted = grad * w
         inward = (weighted - scaled * (tl.sum(weighted * scaled) / width)) * f
-        tl.store(total + place, inward + tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        result = inward + tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + place, result, mask=inside)
+        tl.store(largest + row, tl.max(tl.abs(result)))
         tl.store(y + place, scaled * w, mask=inside)
         of_weight += grad * scaled
     tl.store(grad_weight + tl.program_id(0) * width + column, of_weight, mask=inside)
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mobillama.model.norm.normalise`."""
     rows, width = x.shape
-    y, factor = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    _normalise_kernel[(rows,)](x, weight, y, factor, width, eps, triton.next_power_of_2(width))
-    return y, factor
+    y, factor, largest = torch.empty_like(x), *x.new_empty(2, rows, dtype=torch.float32)
+    _normalise_kernel[(rows,)](x, weight, y, factor, largest, width, eps, triton.next_power_of_2(width))
+    return y, factor, largest
 
 
 def normalise_backward(
     x: Tensor, factor: Tensor, weight: Tensor, grad_y: Tensor, grad_x: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mobillama.model.norm.normalise_backward`."""
     rows, width = x.shape
-    total, y = torch.empty_like(x), torch.empty_like(x)
+    total, y, largest = torch.empty_like(x), torch.empty_like(x), torch.empty_like(factor)
     programs = min(rows, _PROGRAMS)
     grad_weight = x.new_empty(programs, width, dtype=torch.float32)
     _normalise_backward_kernel[(programs,)](
-        x,
-        factor,
-        weight,
-        grad_y,
-        grad_x,
-        total,
-        y,
-        grad_weight,
-        rows,
-        width,
-        triton.next_power_of_2(width),
-        num_warps=8,
+        x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width,
+        triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return total, y, grad_weight.sum(0), largest
+
+
+@triton.jit
+def _quantise_kernel(
+    x, largest, rows_out, columns_out, inverse, rows, width, most,
+    write_rows: tl.constexpr, write_columns: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    row64, column64 = row.to(tl.int64), column.to(tl.int64)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    bound = tl.maximum(tl.load(largest), 1e-12)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(inverse, bound / most)
+    v = tl.load(x + row64[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32) * (most / bound)
+    v = tl.minimum(tl.maximum(v, -most), most)
+    if write_rows:
+        tl.store(rows_out + row64[:, None] * width + column[None, :], v.to(rows_out.dtype.element_ty), mask=inside)
+    if write_columns:
+        turned = tl.trans(v.to(columns_out.dtype.element_ty))
+        tl.store(columns_out + column64[:, None] * rows + row[None, :], turned, mask=tl.trans(inside))
+
+
+def quantise(
+    x: Tensor, largest: Tensor, dtype: torch.dtype, by_row: bool, by_column: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mobillama.train.float8.quantise`."""
+    rows, width = x.shape
+    rows_out = x.new_empty(x.shape if by_row else 0, dtype=dtype)
+    columns_out = x.new_empty((width, rows) if by_column else 0, dtype=dtype)
+    inverse, tile = x.new_empty((), dtype=torch.float32), 64
+    _quantise_kernel[(triton.cdiv(rows, tile), triton.cdiv(width, tile))](
+        x, largest, rows_out, columns_out, inverse, rows, width, torch.finfo(dtype).max, by_row, by_column, tile
     )
-    return total, y, grad_weight.sum(0)
+    return rows_out, columns_out, inverse

@@ -1,45 +1,42 @@
 """A layer's training step as one function, applied to a model from outside: the fastest way, with the least kept.
 
-Nothing that costs one pass over memory stands alone: SwiGLU and the residual sums are in the products' epilogues, and the
-backward pass makes a norm's output and SwiGLU's again where it reads their inputs anyway, so that they need not be kept. A
-layer keeps, in the compute type, its input, the rotated heads, attention's output, the stream after attention, and gates
-with their factors: 6 h + 2 i numbers of a token.
+In bfloat16 SwiGLU and the residual sums are in the products' epilogues. The backward pass makes a norm's output and
+SwiGLU's again where it reads their inputs anyway, so that they need not be kept. A layer keeps its input, the rotated
+heads, attention's output, the stream after attention, and gates with their factors: 6 h + 2 i numbers of a token.
 
 A weight that several layers use is cast once a pass, and the products of its gradients add up in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import chain, islice
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mobillama.errors import UsageError
-from mobillama.model.linear import add_weight_gradient, to_compute_type
+from mobillama.model.linear import to_compute_type
 from mobillama.model.norm import normalise, normalise_backward
 from mobillama.model.rotary import rotate_in_place, split_heads
 from mobillama.model.transformer import Decoder, FeedForward, Layer
 from mobillama.recipe import ModelConfig
-from mobillama.train.hopper import (
-    attention,
-    attention_backward,
-    gated_product,
-    gated_product_backward,
-    product_plus,
-)
+from mobillama.train.arithmetic import Arithmetic, Bfloat16, Float8, Operand
+from mobillama.train.hopper import attention, attention_backward
 
 
-def fuse_layers(decoder: Decoder, recompute: bool = False) -> None:
+def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False) -> None:
     """Let each layer compute its training step by :class:`_FusedLayer`; without gradients it stays as it was.
 
     Args:
         decoder: the layers' owner.
+        float8: multiply in float8, with one scale for each tensor.
         recompute: keep a layer's input alone and compute the rest again for the backward pass.
 
     Raises:
@@ -47,6 +44,7 @@ def fuse_layers(decoder: Decoder, recompute: bool = False) -> None:
     """
     if decoder.shape.qk_norm:
         raise UsageError("train.fused: knows no model.qk_norm; set one of them to false")
+    arithmetic = Float8() if float8 else Bfloat16()
     uses = Counter(decoder.layers[layer] for layer, _ in decoder.layer_weights)
     uses.update(decoder.ffns[ffn] for _, ffn in decoder.layer_weights)
     opened: dict[nn.Module, tuple[_Joined, ...]] = {}
@@ -62,7 +60,7 @@ def fuse_layers(decoder: Decoder, recompute: bool = False) -> None:
     def forward(layer: Layer, plain: Callable[..., Tensor], x_btc: Tensor, ffn: FeedForward, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(x_btc, ffn, *inputs)
-        step = functools.partial(_step, decoder.shape, layer, ffn, open_weights)
+        step = functools.partial(_step, decoder.shape, arithmetic, layer, ffn, open_weights)
         if recompute:
             return checkpoint(step, x_btc, inputs[0], use_reentrant=False, preserve_rng_state=False)
         return step(x_btc, inputs[0])
@@ -78,10 +76,6 @@ class _Gradient:
     def __init__(self, rows: list[int], take_turns: bool) -> None:
         self.total: Tensor | None = None
         self._rows, self._take_turns = rows, take_turns
-
-    def add(self, grad_no: Tensor, x_ni: Tensor) -> None:
-        """Add the gradient of ``x @ joined.T``."""
-        self.total = add_weight_gradient(self.total, grad_no, x_ni)
 
     def parts(self, joined_oi: Tensor) -> Sequence[Tensor]:
         """Return the weights' places in a joined tensor: one after another, or row by row in turn."""
@@ -108,23 +102,31 @@ class _Join(torch.autograd.Function):
         return (None, None, *ctx.gradient.parts(total))
 
 
-_Joined = tuple[Tensor, _Gradient]
+class _Joined(NamedTuple):
+    """Weights (…, i) on one input as one matrix: for autograd, for products, and what gathers its gradient.
 
-
-def _join(dtype: torch.dtype, *weights: Tensor, take_turns: bool = False) -> _Joined:
-    """Return weights (…, i) on one input as one matrix, and what gathers its gradient (the two must not refer to each other:
-    Python would free them late).
+    The last does not refer to the first: Python would free such a circle late.
     """
+
+    value: Tensor
+    operand: Operand
+    gradient: _Gradient
+
+
+def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, take_turns: bool = False) -> _Joined:
     gradient = _Gradient([len(weight) for weight in weights], take_turns)
     function: Any = _Join
-    return function.apply(gradient, dtype, *weights), gradient
+    value_oi = function.apply(gradient, dtype, *weights)
+    return _Joined(value_oi, arithmetic.operand(value_oi.detach()), gradient)
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a layer's step knows beside tensors."""
+    """What a layer's step knows beside tensors that need a gradient."""
 
+    arithmetic: Arithmetic
     gradients: tuple[_Gradient, ...]
+    operands: tuple[Operand, ...]
     heads: int
     head_dim: int
     eps: float
@@ -132,6 +134,7 @@ class _Facts:
 
 def _step(
     config: ModelConfig,
+    arithmetic: Arithmetic,
     layer: Layer,
     ffn: FeedForward,
     open_weights: Callable[..., tuple[_Joined, ...]],
@@ -139,21 +142,22 @@ def _step(
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
     own, x_btc = layer.self_attn, to_compute_type(x_btc)
-    dtype = x_btc.dtype
+    join = functools.partial(_join, arithmetic, x_btc.dtype)
 
     def join_attention() -> tuple[_Joined, ...]:
-        heads = own.q_proj.weight, own.k_proj.weight, own.v_proj.weight
-        return _join(dtype, *heads), _join(dtype, own.o_proj.weight)
+        return join(own.q_proj.weight, own.k_proj.weight, own.v_proj.weight), join(own.o_proj.weight)
 
     def join_ffn() -> tuple[_Joined, ...]:
-        gates = ffn.gate_proj.weight, ffn.up_proj.weight
-        return _join(dtype, *gates, take_turns=True), _join(dtype, ffn.down_proj.weight)
+        gates = join(ffn.gate_proj.weight, ffn.up_proj.weight, take_turns=arithmetic.gates_take_turns)
+        return gates, join(ffn.down_proj.weight)
 
-    weights, gradients = zip(*open_weights(layer, join_attention), *open_weights(ffn, join_ffn), strict=True)
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    facts = _Facts(gradients, own.q_proj.out_features // own.head_dim, own.head_dim, config.rms_norm_eps)
+    joined = (*open_weights(layer, join_attention), *open_weights(ffn, join_ffn))
+    values, operands, gradients = zip(*joined, strict=True)
+    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    heads = own.q_proj.out_features // own.head_dim
+    facts = _Facts(arithmetic, gradients, operands, heads, own.head_dim, config.rms_norm_eps)
     function: Any = _FusedLayer
-    return function.apply(facts, x_btc, *rotary, *(norm.weight for norm in norms), *weights)
+    return function.apply(facts, x_btc, *rotary, *norms, *values)
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -171,58 +175,71 @@ class _FusedLayer(torch.autograd.Function):
         sin_btd: Tensor,
         norm1_c: Tensor,
         norm2_c: Tensor,
-        qkv_jc: Tensor,
-        o_cc: Tensor,
-        gate_up_jc: Tensor,
-        down_ck: Tensor,
+        *_: Tensor,
     ) -> Tensor:
+        multiply, (qkv, o, gate_up, down) = facts.arithmetic, facts.operands
         x_nc = x_btc.flatten(0, 1)
-        y_nc, factor1_n = normalise(x_nc, norm1_c, facts.eps)
-        heads_btj = (y_nc @ qkv_jc.T).view(*x_btc.shape[:2], -1)
+        y_nc, factor1_n, parts = normalise(x_nc, norm1_c, facts.eps)
+        most1 = multiply.largest(y_nc, parts)
+        heads_btj = multiply.product(y_nc, most1, qkv).view(*x_btc.shape[:2], -1)
         del y_nc
         rotate_in_place(heads_btj, cos_btd, sin_btd, facts.heads, facts.head_dim)
         seen_bthd, rest = attention(*split_heads(heads_btj, facts.heads, facts.head_dim))
-        middle_nc = product_plus(seen_bthd.flatten(0, 1).flatten(1), o_cc, x_nc)
-        y_nc, factor2_n = normalise(middle_nc, norm2_c, facts.eps)
-        gate_up_nj, gated_nk = gated_product(y_nc, gate_up_jc)
+        seen_nc = seen_bthd.flatten(0, 1).flatten(1)
+        most_seen = multiply.largest(seen_nc)
+        middle_nc = multiply.product_plus(seen_nc, most_seen, o, x_nc)
+        y_nc, factor2_n, parts = normalise(middle_nc, norm2_c, facts.eps)
+        most2 = multiply.largest(y_nc, parts)
+        gate_up_nj, gated_nk, most_gated = multiply.gated_product(y_nc, most2, gate_up)
         del y_nc
-        out_nc = product_plus(gated_nk, down_ck, middle_nc)
-        ctx.facts = facts
+        out_nc = multiply.product_plus(gated_nk, most_gated, down, middle_nc)
+        ctx.facts = dataclasses.replace(facts, operands=())
+        ctx.operands = [len(operand) for operand in facts.operands]
         ctx.save_for_backward(
-            x_nc, factor1_n, heads_btj, seen_bthd, middle_nc, factor2_n, gate_up_nj,
-            cos_btd, sin_btd, norm1_c, norm2_c, qkv_jc, o_cc, gate_up_jc, down_ck, *rest,
+            x_nc, factor1_n, most1, heads_btj, seen_bthd, most_seen, middle_nc, factor2_n, most2, gate_up_nj, most_gated,
+            cos_btd, sin_btd, norm1_c, norm2_c, *chain(*facts.operands), *rest,
         )  # fmt: skip
         return out_nc.view_as(x_btc)
 
     @staticmethod
     def backward(ctx: Any, grad_btc: Tensor) -> tuple[Tensor | None, ...]:
-        facts: _Facts = ctx.facts
         (
-            x_nc, factor1_n, heads_btj, seen_bthd, middle_nc, factor2_n, gate_up_nj,
-            cos_btd, sin_btd, norm1_c, norm2_c, qkv_jc, o_cc, gate_up_jc, down_ck, *rest,
+            x_nc, factor1_n, most1, heads_btj, seen_bthd, most_seen, middle_nc, factor2_n, most2, gate_up_nj, most_gated,
+            cos_btd, sin_btd, norm1_c, norm2_c, *others,
         ) = ctx.saved_tensors  # fmt: skip
-        qkv, o, gate_up, down = facts.gradients
+        facts: _Facts = ctx.facts
+        multiply, (of_qkv, of_o, of_gate_up, of_down) = facts.arithmetic, facts.gradients
+        tensors = iter(others)
+        qkv, o, gate_up, down = (tuple(islice(tensors, count)) for count in ctx.operands)
+        rest = tuple(tensors)
         grad_nc = grad_btc.flatten(0, 1).contiguous()
 
-        grad_nj, gated_nk = gated_product_backward(grad_nc, down_ck, gate_up_nj)
-        down.add(grad_nc, gated_nk)
+        grad = multiply.gradient(grad_nc)
+        grad_nj, parts, gated_nk = multiply.gated_backward(grad, down, gate_up_nj)
+        of_down.total = multiply.weight_gradient(of_down.total, grad, gated_nk, most_gated)
         del gate_up_nj, gated_nk
-        grad_nc, y_nc, grad_norm2_c = normalise_backward(middle_nc, factor2_n, norm2_c, grad_nj @ gate_up_jc, grad_nc)
-        gate_up.add(grad_nj, y_nc)
-        del grad_nj, y_nc
+        grad = multiply.gradient(grad_nj, parts)
+        del grad_nj
+        grad_nc, y_nc, grad_norm2_c, parts = normalise_backward(
+            middle_nc, factor2_n, norm2_c, multiply.input_gradient(grad, gate_up), grad_nc
+        )
+        of_gate_up.total = multiply.weight_gradient(of_gate_up.total, grad, y_nc, most2)
+        del y_nc
 
-        seen_nc = seen_bthd.flatten(0, 1).flatten(1)
-        o.add(grad_nc, seen_nc)
+        grad = multiply.gradient(grad_nc, parts)
+        of_o.total = multiply.weight_gradient(of_o.total, grad, seen_bthd.flatten(0, 1).flatten(1), most_seen)
         grad_btj = torch.empty_like(heads_btj)
         attention_backward(
-            (grad_nc @ o_cc).view_as(seen_bthd),
+            multiply.input_gradient(grad, o).view_as(seen_bthd),
             split_heads(heads_btj, facts.heads, facts.head_dim),
             seen_bthd,
             rest,
             split_heads(grad_btj, facts.heads, facts.head_dim),
         )
         rotate_in_place(grad_btj, cos_btd, sin_btd, facts.heads, facts.head_dim, back=True)
-        grad_nj = grad_btj.flatten(0, 1)
-        grad_nc, y_nc, grad_norm1_c = normalise_backward(x_nc, factor1_n, norm1_c, grad_nj @ qkv_jc, grad_nc)
-        qkv.add(grad_nj, y_nc)
+        grad = multiply.gradient(grad_btj.flatten(0, 1))
+        grad_nc, y_nc, grad_norm1_c, _ = normalise_backward(
+            x_nc, factor1_n, norm1_c, multiply.input_gradient(grad, qkv), grad_nc
+        )
+        of_qkv.total = multiply.weight_gradient(of_qkv.total, grad, y_nc, most1)
         return (None, grad_nc.view_as(grad_btc), None, None, grad_norm1_c, grad_norm2_c, None, None, None, None)

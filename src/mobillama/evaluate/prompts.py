@@ -6,9 +6,10 @@ import ast
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def race_version_2(document: dict[str, Any]) -> str:
@@ -33,6 +34,8 @@ def wikitext_pages(path: Path, **unused: Any) -> dict[str, Dataset]:
     An article begins at a heading of one ``=``. Equations set on lines of their own look the same, but stand in the midst of
     a sentence, before a number.
     """
+    from datasets import Dataset
+
     text = path.read_text(encoding="utf-8")
     starts = [
         found.start()
@@ -45,5 +48,7 @@ def wikitext_pages(path: Path, **unused: Any) -> dict[str, Dataset]:
 
 def lambada_documents(path: Path, **unused: Any) -> dict[str, Dataset]:
     """Return LAMBADA's texts of a file of JSON lines with a ``context`` and its last word, the ``continuation``."""
+    from datasets import Dataset
+
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {"test": Dataset.from_dict({"text": [f"{line['context']} {line['continuation']}" for line in lines]})}

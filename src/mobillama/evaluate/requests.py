@@ -84,7 +84,7 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
     loaded = []
     for number, (benchmark, file) in enumerate(wanted):
         progress("load benchmarks", number, len(wanted))
-        config = task_config(benchmark, file, folder)
+        config = task_config(benchmark, file, folder, cache)
         try:
             task = ConfigurableTask(config=dict(config))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -97,7 +97,7 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
 
 
 def _with_requests(benchmark: Benchmark, task: Any, config: dict[str, Any], cache: Path, limit: int) -> LoadedTask:
-    documents = len(task.eval_docs)
+    documents = len(task.task_docs)
     count = min(limit or documents, benchmark.questions or documents, documents)
     chosen = sorted(random.Random(SEED).sample(range(documents), count))  # noqa: S311
     made_of = {
@@ -105,7 +105,7 @@ def _with_requests(benchmark: Benchmark, task: Any, config: dict[str, Any], cach
         "task": {key: value for key, value in config.items() if key not in ("dataset_path", "dataset_kwargs")},
         "seed": SEED,
         "chosen": chosen if count < documents else "all",
-        "documents": _content(task.eval_docs),
+        "documents": _content(task.task_docs),
         "examples": _content(task.sampler.df) if benchmark.shots else "",
     }
     digest = sha256_bytes(json.dumps(made_of, sort_keys=True, default=_described).encode())
@@ -129,7 +129,7 @@ def _described(value: Any) -> str:
 def _build(task: Any, chosen: list[int]) -> Requests:
     """Let the harness write all contexts, as it does with examples drawn from one seed by one process."""
     task.set_fewshot_seed(SEED)
-    task.build_all_requests(samples=chosen if len(chosen) < len(task.eval_docs) else None)
+    task.build_all_requests(samples=chosen if len(chosen) < len(task.task_docs) else None)
     instances = task.instances
     arguments = [instance.args if len(instance.args) == 2 else ("", *instance.args) for instance in instances]
     contexts, continuations = (list(texts) for texts in zip(*arguments, strict=True))

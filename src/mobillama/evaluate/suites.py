@@ -7,12 +7,15 @@ restored here; docs/evaluation.md says what cannot be restored.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mobillama.errors import UsageError, did_you_mean
 from mobillama.evaluate.prompts import lambada_documents, race_version_2, wikitext_pages
+from mobillama.record.files import sha256_json
+from mobillama.record.manifest import describe_files
 
 BIASES = """
     age autre disability gender nationality physical_appearance race_color religion sexual_orientation socioeconomic
@@ -161,8 +164,11 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def task_config(benchmark: Benchmark, file: str, folder: Path | None) -> dict[str, Any]:
+def task_config(benchmark: Benchmark, file: str, folder: Path | None, cache: Path) -> dict[str, Any]:
     """Return the harness's configuration of a task, with its data in ``folder`` (None: from the hub).
+
+    ``datasets`` knows a local copy again by the names of its directory and files alone, and would serve what it read from
+    another copy before. So each content gets a directory of its own in ``cache``.
 
     Raises:
         UsageError: the folder lacks the data; the message names the directory and the hub id.
@@ -186,4 +192,10 @@ def task_config(benchmark: Benchmark, file: str, folder: Path | None) -> dict[st
         )
     if benchmark.local:
         return config | changes | {"dataset_kwargs": {"path": place}}
-    return config | changes | {"dataset_path": str(place)}
+    known_as = cache / f"datasets-{_digest(place)[:24]}"
+    return config | changes | {"dataset_path": str(place), "dataset_kwargs": {"cache_dir": str(known_as)}}
+
+
+@functools.cache
+def _digest(directory: Path) -> str:
+    return sha256_json(describe_files(directory))

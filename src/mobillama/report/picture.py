@@ -1,4 +1,4 @@
-"""Pictures drawn from records: the loss of a run, the make-up of a corpus."""
+"""Pictures drawn from records: the loss of a run, its evaluations, the make-up of a corpus."""
 
 from __future__ import annotations
 
@@ -135,6 +135,60 @@ def draw_corpus(facts: dict[str, Any], paper: dict[str, float], out: Path) -> No
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_evaluations(run: Path, results: list[dict[str, Any]], out: Path) -> None:
+    """Draw each score of a run's checkpoints against tokens with its standard error, and the loss by source, as a PNG.
+
+    Args:
+        run: a run directory.
+        results: done evaluations of its checkpoints (:mod:`mobillama.evaluate.run`), in one suite.
+        out: the file to write.
+    """
+    results = sorted(results, key=lambda result: result["model"]["tokens"])
+    tokens = [result["model"]["tokens"] / 1e6 for result in results]
+    names = list(results[0].get("benchmarks", {}))
+    panels = 1 + len(names) + ("holdout" in results[0])
+    columns = min(4, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+    loss, *others = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["kind"] == "step" and "fault" not in line]
+    for name in sorted({name for line in steps for name in line["loss_by_source"]}):
+        seen = [(s["tokens"] / 1e6, s["loss_by_source"][name]) for s in steps if name in s["loss_by_source"]]
+        loss.plot(*zip(*_smoothed(seen), strict=True), linewidth=1, label=name)
+    loss.set(title="training loss by source", ylabel="nats per token")
+    loss.legend(frameon=False, fontsize=7)
+    if "holdout" in results[0]:
+        axes = others.pop(0)
+        for name in results[0]["holdout"]["bits_per_byte_by_source"]:
+            held = [result["holdout"]["bits_per_byte_by_source"][name] for result in results]
+            axes.plot(tokens, held, marker=".", linewidth=1, label=name)
+        axes.set(title="hold-out", ylabel="bits per byte")
+        axes.legend(frameon=False, fontsize=7)
+    for name, axes in zip(names, others, strict=False):
+        facts = [result["benchmarks"][name] for result in results]
+        axes.errorbar(
+            tokens,
+            [fact["score"] for fact in facts],
+            yerr=[fact["stderr"] or 0.0 for fact in facts],
+            marker=".",
+            linewidth=1,
+            elinewidth=0.7,
+            capsize=2,
+        )
+        if facts[0]["chance"] is not None:
+            axes.axhline(facts[0]["chance"], linestyle="dashed", linewidth=0.9, color="gray")
+        axes.set(title=name, ylabel=facts[0]["metric"])
+    for axes in others[len(names) :]:
+        axes.set_visible(False)
+    for axes in figure.axes:
+        axes.set_xlabel("million tokens")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
     with replaced_file(out) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -23,7 +23,8 @@ from conftest import run_cli, shared_data
 from mobillama.errors import UsageError
 from mobillama.evaluate.model import find_model
 from mobillama.evaluate.requests import SEED, load_tasks
-from mobillama.evaluate.run import Evaluator, read_result
+from mobillama.evaluate.results import read_result
+from mobillama.evaluate.run import Evaluator
 from mobillama.evaluate.suites import SUITES, find_suite
 
 SMALL = replace(

@@ -46,6 +46,17 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
+    verb = add_verb(verbs, "table", _table, "print a table of the paper beside our rows, its doubtful cells marked")
+    verb.add_argument("number", type=int, metavar="3|5|7|9", help="of the table")
+    verb.add_argument(
+        "--ours",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="evaluations in suite paper, e.g. evals/paper/NAME",
+    )
+
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mobillama.workflows.evaluation import Settings, evaluate_models, evaluate_run
@@ -63,3 +74,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if len(args.models) != 1 or args.revisions:
         raise UsageError("--all-checkpoints: takes one run directory as MODEL, and no --revisions")
     evaluate_run(Path(args.models[0]), settings, args.follow, args.json)
+
+
+def _table(args: argparse.Namespace) -> None:
+    from mobillama.workflows.papertables import show_table
+
+    show_table(args.number, args.ours)

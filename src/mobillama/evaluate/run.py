@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobillama.data.dataset import Dataset
-from mobillama.errors import CorruptDataError, DivergedError, MobiLlamaError
+from mobillama.errors import DivergedError, MobiLlamaError
 from mobillama.evaluate.heldout import evaluate_heldout
 from mobillama.evaluate.model import ModelFiles, load
+from mobillama.evaluate.results import FORMAT, RESULT_FILE, read_result
 from mobillama.evaluate.samples import SAMPLES_FILE, Samples, open_samples
 from mobillama.evaluate.scorer import Scorer
 from mobillama.evaluate.scores import score_benchmark, score_task
 from mobillama.evaluate.suites import Suite
 from mobillama.record.environment import environment
-from mobillama.record.files import read_json, sha256_file, sha256_json, write_json
+from mobillama.record.files import sha256_file, sha256_json, write_json
 from mobillama.record.lock import locked
 from mobillama.train.device import choose_device, choose_precision, describe_device, keep_freed_memory
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from mobillama.evaluate.encode import Encoded, TextTokenizer
     from mobillama.evaluate.requests import LoadedTask
 
-FORMAT = "mobillama-evaluation-1"
-RESULT_FILE = "result.json"
 Progress = Callable[..., None]
 
 
@@ -260,12 +259,3 @@ def _numbers_within(documents: list[int]) -> list[int]:
     for index, document in enumerate(documents):
         numbers.append(numbers[-1] + 1 if index and documents[index - 1] == document else 0)
     return numbers
-
-
-def read_result(directory: Path) -> dict[str, Any] | None:
-    """Return the result of an evaluation; None if there is none, or one that is damaged or cut short."""
-    try:
-        result = read_json(directory / RESULT_FILE)
-    except CorruptDataError:
-        return None
-    return result if result.get("format") == FORMAT and "status" in result else None

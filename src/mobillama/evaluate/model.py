@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
 from mobillama.directory import CONFIG_FILE, verify_in_checkpoint
@@ -109,6 +110,7 @@ def load(files: ModelFiles, device: torch.device) -> tuple[Any, Any]:
         UsageError: transformers cannot load it, or the tokenizer has ids that the model lacks.
         CorruptDataError: its weights are damaged.
     """
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.directory)
         auto: Any = AutoModelForCausalLM

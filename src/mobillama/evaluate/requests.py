@@ -7,7 +7,9 @@ has to be cleared when one of these changes; a file that was cut short is made a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import logging
 import random
@@ -129,7 +131,8 @@ def _described(value: Any) -> str:
 def _build(task: Any, chosen: list[int]) -> Requests:
     """Let the harness write all contexts, as it does with examples drawn from one seed by one process."""
     task.set_fewshot_seed(SEED)
-    task.build_all_requests(samples=chosen if len(chosen) < len(task.task_docs) else None)
+    with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
+        task.build_all_requests(samples=chosen if len(chosen) < len(task.task_docs) else None)
     instances = task.instances
     arguments = [instance.args if len(instance.args) == 2 else ("", *instance.args) for instance in instances]
     contexts, continuations = (list(texts) for texts in zip(*arguments, strict=True))

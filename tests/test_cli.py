@@ -43,6 +43,7 @@ def test_help_of_every_verb_teaches(capsys):
         ["generate"],
         ["chat"],
         ["evaluate"],
+        ["table"],
     ):
         with pytest.raises(SystemExit) as left:
             main([*words, "--help"])

@@ -1,9 +1,9 @@
 """Our adapter beside the harness's own HFLM: speed, tokens through the model, log-probabilities, decisions.
 
-    python benchmarks/evaluate.py tokens --benchmarks DIR --tokenizer LLAMA.model --out tokens.npz   # no GPU; minutes
-    python benchmarks/evaluate.py measure --tokens tokens.npz                                        # one GPU
-    python benchmarks/evaluate.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --limit 40
-    python benchmarks/evaluate.py gguf SmolLM2-135M-Instruct.Q4_1.gguf OUT     # a directory that both can read
+    python benchmarks/evaluation.py tokens --benchmarks DIR --tokenizer LLAMA.model --out tokens.npz   # no GPU; minutes
+    python benchmarks/evaluation.py measure --tokens tokens.npz                                        # one GPU
+    python benchmarks/evaluation.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --limit 40
+    python benchmarks/evaluation.py gguf SmolLM2-135M-Instruct.Q4_1.gguf OUT     # a directory that both can read
 
 ``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
 one machine, one after another: the whole suite through ours; a fixed sample of questions through both in bfloat16; a smaller
@@ -31,7 +31,7 @@ from mobillama.evaluate.scorer import Scorer
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 
-RESULTS = Path(__file__).parent / "results" / "evaluate.json"
+RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 CONTEXT = 2048
 SEED = 0
 TIE = 1e-4  # decisions may differ where the best two are nearer than this

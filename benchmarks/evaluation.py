@@ -29,7 +29,8 @@ from mobillama.console import note, progress, table
 from mobillama.evaluate.encode import Encoded, TextTokenizer, to_sequences
 from mobillama.evaluate.scorer import Scorer
 from mobillama.record.environment import environment
-from mobillama.record.files import read_json, write_json
+from mobillama.record.files import read_json, sha256_json, write_json
+from mobillama.record.manifest import describe_files
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 CONTEXT = 2048
@@ -41,14 +42,18 @@ def write_tokens(args: argparse.Namespace) -> None:
     """Write the suite's requests as ids."""
     from transformers import AutoTokenizer
 
-    from mobillama.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest
+    from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
     from mobillama.evaluate.requests import load_tasks, load_tokens
     from mobillama.evaluate.suites import SUITES
 
     with tempfile.TemporaryDirectory() as folder, progress() as show:
-        loaded = load_tokenizer(args.tokenizer)
-        save_tokenizer(loaded, Path(folder))
-        tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(folder), tokenizer_digest(loaded), False)
+        source = args.tokenizer
+        if source.is_file():  # a sentencepiece model, as transformers reads it from a model directory of ours
+            save_tokenizer(load_tokenizer(source), Path(folder))
+            source = Path(folder)
+        files = describe_files(source)
+        digest = sha256_json({name: fact for name, fact in files.items() if name.startswith("tokenizer")})
+        tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(source), digest, False)
         tasks = load_tasks(SUITES["paper"], args.benchmarks, args.cache, 0, show)
         encoded = load_tokens(tasks, tokenizer, args.cache, show)
     questions, names, start = [], [], 0
@@ -108,10 +113,10 @@ class Questions:
 
 def through_ours(scorer: Scorer, questions: Questions, requests: NDArray[np.int64]) -> dict[str, Any]:
     """Score requests with our scorer; packing counts as part of the time."""
+    sequences, _, truncated = to_sequences(questions.encoded, CONTEXT)
+    chosen = [sequences[index] for index in requests]
+    before, logprobs = scorer.tokens, np.zeros(len(chosen))
     with _clock(scorer.device) as clock:
-        sequences, _, truncated = to_sequences(questions.encoded, CONTEXT)
-        chosen = [sequences[index] for index in requests]
-        before, logprobs = scorer.tokens, np.zeros(len(chosen))
         for scores in scorer.score(chosen):
             for score in scores:
                 logprobs[score.sequence] = score.logprob
@@ -283,7 +288,7 @@ def main() -> None:
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("tokens")
     verb.add_argument("--benchmarks", type=Path, required=True)
-    verb.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json, or a directory with one")
+    verb.add_argument("--tokenizer", type=Path, required=True, help="a .model file, or a Hugging Face directory")
     verb.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mobillama" / "evaluate")
     verb.add_argument("--out", type=Path, required=True)
     verb.set_defaults(run=write_tokens)

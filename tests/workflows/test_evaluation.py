@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
 from conftest import run_cli
+from mobillama.cli import main
 
 
 @pytest.fixture
@@ -54,13 +56,34 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
         (["--suite", "quick", "--all-checkpoints"], "no recipe.yaml there"),
     ],
 )
-def test_wrong_use_exits_2(small_model, words, said, environment):
-    done = run_cli("evaluate", small_model, *words, env=environment)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_wrong_use_exits_2(small_model, words, said, capsys):
+    assert main(["evaluate", str(small_model), *words]) == 2
+    assert said in capsys.readouterr().err
 
 
-def test_models_that_are_not_there_exit_2(benchmarks, tmp_path, environment):
-    words = ["--suite", "perplexity", "--benchmarks", benchmarks]
-    for name, said in ((tmp_path / "no", "no such directory"), (benchmarks, "no config.json"), ("a/b", "go online")):
-        done = run_cli("evaluate", name, *words, env=environment)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_models_that_are_not_there_exit_2(small_model, benchmarks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    words = ["--suite", "perplexity", "--benchmarks", str(benchmarks)]
+    for name, said in ((tmp_path / "no", "no such directory"), (benchmarks, "no config.json")):
+        assert main(["evaluate", str(name), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_revisions_of_a_repository_as_the_hub_caches_it(small_model, benchmarks, tmp_path, environment):
+    cached = tmp_path / "hub" / "models--org--small"
+    for revision, commit in (("ckpt_100", "a" * 40), ("ckpt_20", "b" * 40)):
+        (cached / "refs").mkdir(parents=True, exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+        shutil.copytree(small_model, cached / "snapshots" / commit)
+    words = ["evaluate", "org/small", "--suite", "perplexity", "--benchmarks", benchmarks, "--out", tmp_path / "evals"]
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = run_cli(*words, "--revisions", "ckpt_100", "ckpt_20", "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [(r["model"]["name"], r["model"]["number"]) for r in results] == [
+        ("org/small@ckpt_100", 100),
+        ("org/small@ckpt_20", 20),
+    ]
+    assert (tmp_path / "evals" / "perplexity" / "org-small.png").is_file()
+    missing = run_cli(*words, "--revisions", "ckpt_7", env=environment)
+    assert missing.returncode == 2 and "org/small at ckpt_7: neither a directory here nor" in missing.stderr

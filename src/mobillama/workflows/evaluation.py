@@ -61,6 +61,9 @@ def evaluate_models(
         results = []
         for files, facts in [(find_model(name, revision), _facts(name, revision)) for name, revision in wanted]:
             results.append(evaluator.evaluate(files, _directory(files, settings.suite, out), facts))
+        numbered = [r for r in results if r["status"] == "done" and r["model"].get("number") is not None]
+        if len(numbered) > 1:
+            _draw_revisions(numbered, out / settings.suite / f"{_file_name(names[0])}.png")
         floor = evaluate_baselines(evaluator.dataset, settings.limit) if baselines and evaluator.dataset else {}
     _show(settings.suite, results, floor, as_json)
 
@@ -99,13 +102,20 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, as_json: bool) -> 
                 results[step] = evaluator.evaluate(files, directory, facts)
             except UsageError as error:
                 note(f"passed over: {error}")
-            done = [result for result in results.values() if result["status"] == "done"]
+            done = [results[number] for number in sorted(results) if results[number]["status"] == "done"]
             if done:
-                draw_evaluations(run, done, run / "evals" / f"{settings.suite}.png")
+                draw_evaluations(done, run / "evals" / f"{settings.suite}.png", run)
     if not results:
         raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them")
     note(f"picture: {run / 'evals' / f'{settings.suite}.png'}")
     _show(settings.suite, [results[step] for step in sorted(results)], {}, as_json)
+
+
+def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
+    from mobillama.report.picture import draw_evaluations
+
+    draw_evaluations(sorted(results, key=lambda result: int(result["model"]["number"])), out)
+    note(f"picture: {out}")
 
 
 def _checkpoints(run: Path, last: int, follow: bool) -> Iterator[tuple[int, Path]]:
@@ -142,8 +152,11 @@ def _directory(files: ModelFiles, suite: str, out: Path) -> Path:
     checkpoint = files.directory.resolve().parent
     if re.fullmatch(r"step-\d+", checkpoint.name) and checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent / "evals" / suite / checkpoint.name
-    name = re.sub(r"[^\w.@-]+", "-", files.name).strip("-.")
-    return out / suite / f"{name}-{files.digest[:8]}"
+    return out / suite / f"{_file_name(files.name)}-{files.digest[:8]}"
+
+
+def _file_name(model: str) -> str:
+    return re.sub(r"[^\w.@-]+", "-", model).strip("-.")
 
 
 def _facts(name: str, revision: str | None) -> dict[str, Any]:
@@ -176,11 +189,15 @@ def _show(suite: str, results: list[dict[str, Any]], floor: dict[str, float], as
     if as_json:
         print(json.dumps({"results": results, "baselines": floor}, indent=2))
     else:
-        done = [(result["model"]["name"], measures(result)) for result in results if result["status"] == "done"]
+        done = [(_label(result), measures(result)) for result in results if result["status"] == "done"]
         if done:
             _table(suite, done, floor)
+        said: dict[str, list[str]] = {}
         for result in results:
-            _warn(result)
+            for remark in _remarks(result):
+                said.setdefault(remark, []).append(_label(result))
+        for remark, names in said.items():
+            note(f"{names[0] if len(names) == 1 else f'{len(names)} models'}: {remark}")
     failed = [result for result in results if result["status"] == "failed"]
     if failed:
         error = MobiLlamaError(failed[0]["error"])
@@ -189,17 +206,22 @@ def _show(suite: str, results: list[dict[str, Any]], floor: dict[str, float], as
 
 
 def _table(suite: str, done: list[tuple[str, dict[str, tuple[float, float | None]]]], floor: dict[str, float]) -> None:
-    """Print one model as a column, several as rows."""
+    """Print one model as a column with its standard errors, several as rows."""
     digits = 4 if suite == "perplexity" else 2
     columns = list(done[0][1])
-    cells = [[_cell(found[column], digits) for column in columns] for _, found in done]
     unit = "bits per byte (LAMBADA: percent)" if suite == "perplexity" else "percent"
     if len(done) == 1:
-        rows = [(column, cell) for column, cell in zip(columns, cells[0], strict=True)]
+        rows = [(column, _cell(measure, digits)) for column, measure in done[0][1].items()]
         rows += [(name, f"{value:.{digits}f}") for name, value in floor.items()]
         table(f"{suite}: {done[0][0]}", ["", unit], rows)
         return
-    table(f"{suite}, {unit}", ["", *columns], [(name, *row) for (name, _), row in zip(done, cells, strict=True)])
+    rows_of_models = [(name, *(f"{found[column][0]:.{digits}f}" for column in columns)) for name, found in done]
+    table(f"{suite}, {unit}; standard errors are in the records", ["", *columns], rows_of_models)
+
+
+def _label(result: dict[str, Any]) -> str:
+    model = result["model"]
+    return f"step {model['step']:,}" if "step" in model else str(model["name"])
 
 
 def _cell(measure: tuple[float, float | None], digits: int) -> str:
@@ -207,19 +229,18 @@ def _cell(measure: tuple[float, float | None], digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def _warn(result: dict[str, Any]) -> None:
-    name = result["model"]["name"]
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """Return what must not go unsaid of a result."""
     if result["status"] == "failed":
-        note(f"{name}: failed: {result['error']}")
-        return
-    lost = result.get("truncated", {})
+        return [f"failed: {result['error']}"]
+    remarks, lost = [], result.get("truncated", {})
     if lost.get("contexts"):
-        note(
-            f"{name}: {lost['contexts']:,} contexts longer than its {result['context_length']:,} tokens lost their beginning"
-        )
+        length = f"{result['context_length']:,} tokens"
+        remarks.append(f"{lost['contexts']:,} contexts longer than the model's {length} lost their beginning")
     if lost.get("continuations"):
-        note(
-            f"{name}: {lost['continuations']:,} answers longer than its context were scored in part; do not compare them"
+        remarks.append(
+            f"{lost['continuations']:,} answers longer than the context were scored in part; do not compare them"
         )
     if result.get("packed") is False:
-        note(f"{name}: takes no masks of ours, so choices were read one by one")
+        remarks.append("takes no masks of ours, so choices were read one by one")
+    return remarks

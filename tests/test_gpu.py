@@ -76,3 +76,25 @@ def test_a_run_on_cuda_learns_and_resumes_with_the_same_sequences(recipe_file, t
     series = [json.loads(line) for line in (tmp_path / "host" / "metrics.jsonl").read_text().splitlines()]
     on_host = [line["loss"] for line in series if line["kind"] == "step"]
     assert max(abs(a - b) for a, b in zip(losses, on_host, strict=True)) < 0.05
+
+
+def test_packed_rows_score_the_same_on_the_gpu():
+    import numpy as np
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mobillama.evaluate.scorer import Scorer
+    from mobillama.evaluate.tree import Sequence
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=256, **shape)).eval()
+    random = np.random.default_rng(0)
+    contexts = [random.integers(0, 300, 90) for _ in range(20)]
+    ends = [random.integers(0, 300, 5) for _ in range(60)]
+    sequences = [Sequence(np.concatenate([contexts[n // 3], end]).astype(np.int32), 5) for n, end in enumerate(ends)]
+    found = []
+    for device in ("cpu", "cuda"):
+        scorer = Scorer(model.to(device), "float32", 128)
+        assert scorer.packs
+        found.append({s.sequence: s.logprob for part in scorer.score(sequences) for s in part})
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

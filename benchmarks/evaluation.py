@@ -130,8 +130,8 @@ def through_stock(
     """Score requests with the harness's own adapter.
 
     Args:
-        softmax: the type that it computes log-probabilities in. torch's float32 log_softmax over 49,152 ids on a CPU alone
-            errs by 6e-4 nats in sums over an answer, so where bits count it is float64.
+        softmax: the type that it computes log-probabilities in. torch's float32 log_softmax over tens of thousands of ids
+            rounds more coarsely than what is compared, so where bits count it is float64.
     """
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer

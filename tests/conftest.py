@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 # Small models on one thread each: tests may run side by side, and threads that wait for each other are slow.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,13 +24,17 @@ if not torch.cuda.is_available():
 
 from mobillama.data.documents import Piece, Reading, read_piece, read_texts
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import train_tokenizer
-from mobillama.recipe import PrepareRecipe, SourceConfig
+from mobillama.data.tokenizer import load_tokenizer, train_tokenizer
+from mobillama.directory import save_model
+from mobillama.model.transformer import MobiLlama, initialise
+from mobillama.recipe import ModelConfig, PrepareRecipe, SourceConfig
 
 SAMPLE = Path(__file__).parents[1] / "src" / "mobillama" / "data" / "sample"
 SOURCES = ("books", "encyclopedia", "code")
 VOCAB = 512
 CONTEXT = 64
+NAMES = ["Ann", "Bob", "Cleo", "Dan", "Eve"]
+THINGS = ["a ship", "the old house", "some bread", "two horses", "a long letter", "the king"]
 
 
 def run_cli(*words: object, timeout: float = 240, **options) -> subprocess.CompletedProcess[str]:
@@ -114,3 +121,53 @@ train: {{steps: 12, batch_size: 8, micro_batch_size: 4, checkpoint_every: 4, val
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory) -> Path:
+    """Local copies of small benchmarks, in the layout of their hub repositories."""
+    folder, draw = tmp_path_factory.mktemp("benchmarks"), random.Random(0)
+
+    def write(place: str, config: str, splits: dict[str, list[dict]]) -> None:
+        directory = folder / place / config
+        directory.mkdir(parents=True)
+        lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            pq.write_table(pa.Table.from_pylist(rows), directory / f"{split}.parquet")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+        (folder / place / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+    def siqa() -> dict:
+        who, what = draw.choice(NAMES), draw.choice(THINGS)
+        answers = {f"answer{letter}": f"{draw.choice(NAMES)} took {draw.choice(THINGS)}" for letter in "ABC"}
+        return {"context": f"{who} saw {what}.", "question": "What then?", **answers, "label": draw.choice("123")}
+
+    def winogrande() -> dict:
+        one, two = draw.sample(NAMES, 2)
+        sentence = f"{one} gave {draw.choice(THINGS)} to {two} because _ had {draw.choice(THINGS)}."
+        return {"sentence": sentence, "option1": one, "option2": two, "answer": draw.choice("12")}
+
+    write("lighteval/siqa", "default", {name: [siqa() for _ in range(12)] for name in ("train", "validation")})
+    write(
+        "allenai/winogrande", "winogrande_xl", {n: [winogrande() for _ in range(12)] for n in ("train", "validation")}
+    )
+    (folder / "wikitext2").mkdir()
+    pages = [
+        f" = {name} = \n {name} had {' and '.join(THINGS)} . \n = = Life = = \n It was long . \n" for name in NAMES
+    ]
+    (folder / "wikitext2" / "wiki.test.raw").write_text("".join(pages))
+    (folder / "lambada").mkdir()
+    lines = [{"context": f"{draw.choice(NAMES)} took {draw.choice(THINGS)} to", "continuation": n} for n in NAMES * 8]
+    (folder / "lambada" / "lambada_openai.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tokenizer_path, tmp_path_factory) -> Path:
+    """A model directory whose weights are drawn wide, so that its answers differ."""
+    config = ModelConfig(VOCAB, 32, 48, 2, 2, max_position_embeddings=128, initializer_range=0.15)
+    built = MobiLlama(config)
+    initialise(built, config, 0)
+    directory = tmp_path_factory.mktemp("model") / "small"
+    save_model(directory, config, built.state_dict(), load_tokenizer(tokenizer_path))
+    return directory

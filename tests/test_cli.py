@@ -43,6 +43,7 @@ def test_help_of_every_verb_teaches(capsys):
         ["generate"],
         ["chat"],
         ["evaluate"],
+        ["table"],
     ):
         with pytest.raises(SystemExit) as left:
             main([*words, "--help"])
@@ -164,8 +165,9 @@ def test_generate_chat_evaluate_and_export(model, data, tmp_path):
         == 0
     )
     assert run_cli("chat", model).returncode == 0
-    result = json.loads(run_cli("evaluate", model, "--data", data, "--baselines", "--json").stdout)
-    assert 3 < result["bits_per_byte"] < 6 and len(result["baselines"]) == 4
+    words = ["evaluate", model, "--suite", "perplexity", "--data", data, "--out", tmp_path / "evals"]
+    found = json.loads(run_cli(*words, "--baselines", "--json").stdout)
+    assert 3 < found["results"][0]["holdout"]["bits_per_byte"] < 6 and len(found["baselines"]) == 4
     parity = json.loads(run_cli("export", "hf", model, tmp_path / "twin", "--unshared").stdout)
     assert parity["max_logit_error"] < 1e-4 and parity["top1_agreement"] == 1
     assert_one_line_error(run_cli("export", "hf", model, tmp_path / "twin"), 2, "exists")

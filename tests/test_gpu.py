@@ -124,3 +124,25 @@ def test_what_deterministic_steps_cost_and_how_mfu_is_computed_are_told(recipe_f
     assert any("train.deterministic: steps can be repeated to the bit, which took" in note for note in told.notes)
     if peak_flops(torch.cuda.get_device_name()):
         assert any(note.startswith("MFU = tokens/s ×") for note in told.notes)
+
+
+def test_packed_rows_score_the_same_on_the_gpu():
+    import numpy as np
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mobillama.evaluate.scorer import Scorer
+    from mobillama.evaluate.tree import Sequence
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=256, **shape)).eval()
+    random = np.random.default_rng(0)
+    contexts = [random.integers(0, 300, 90) for _ in range(20)]
+    ends = [random.integers(0, 300, 5) for _ in range(60)]
+    sequences = [Sequence(np.concatenate([contexts[n // 3], end]).astype(np.int32), 5) for n, end in enumerate(ends)]
+    found = []
+    for device in ("cpu", "cuda"):
+        scorer = Scorer(model.to(device), "float32", 128)
+        assert scorer.packs
+        found.append({s.sequence: s.logprob for part in scorer.score(sequences) for s in part})
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

@@ -18,7 +18,10 @@ def tool():
     return module
 
 
-@pytest.mark.parametrize("name", ["quickstart", "data-speed", "corpus-table", "corpus-proofs", "data-plan"])
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "data-speed", "corpus-table", "corpus-proofs", "data-plan", "evaluation-speed", "evaluation-quick"],
+)
 def test_tables_are_generated_from_the_recorded_results(name):
     path, block = tool().BLOCKS[name]
     text = path.read_text(encoding="utf-8")

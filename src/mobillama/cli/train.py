@@ -1,4 +1,4 @@
-"""Verbs that train and judge: quickstart, presets, pretrain, evaluate."""
+"""Verbs that train: quickstart, presets, pretrain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_first(verbs: Verbs) -> None:
 
 
 def add(verbs: Verbs) -> None:
-    """Add training and evaluation."""
+    """Add training."""
     verb = add_verb(verbs, "pretrain", _pretrain, "pre-train a model; the same command resumes a run", _pretrain_recipe)
     verb.add_argument("recipe", type=Path, help="a pre-training recipe (YAML)")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and leave")
@@ -33,14 +33,6 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--gpus", type=int, default=1, help="for --dry-run: number of GPUs (default: %(default)s)")
     verb.add_argument("--gpu", default="H100", help="for --dry-run: kind of GPU (default: %(default)s)")
     verb.add_argument("--gpus-per-node", type=int, default=8, help="for --dry-run: GPUs of a machine (default: 8)")
-
-    verb = add_verb(verbs, "evaluate", _evaluate, "bits per byte on the hold-out")
-    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
-    verb.add_argument("--data", type=Path, required=True, help="the prepared data directory")
-    verb.add_argument("--limit", type=int, default=0, help="held-out sequences per source (default: all)")
-    verb.add_argument("--baselines", action="store_true", help="compressors and n-gram models beside it")
-    verb.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
-    verb.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _pretrain_recipe() -> type[Any]:
@@ -86,9 +78,3 @@ def _pretrain(args: argparse.Namespace) -> None:
     with progress() as show:
         path = pretrain(recipe, TrainingView(show))
     print(path / "model")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from mobillama.workflows.inspect import show_heldout
-
-    show_heldout(args.model, args.data, args.device, args.limit, args.baselines, args.json)

@@ -60,7 +60,8 @@ class MobiLlamaForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (b, t); or ``inputs_embeds`` (b, t, c).
-            attention_mask: (b, s), non-zero where a token is real; padding left or right.
+            attention_mask: (b, s), non-zero where a token is real, padding left or right; or the whole mask (b, 1, t, s),
+                which goes with ``position_ids``.
             position_ids: (b, t) positions.
             past_key_values: a transformers cache.
             use_cache: return a cache (default outside training).
@@ -72,10 +73,12 @@ class MobiLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        whole = attention_mask is not None and attention_mask.dim() == 4
         hidden_btc = self.model(
             input_ids,
             inputs_embeds=inputs_embeds,
-            attention_mask_bs=attention_mask,
+            attention_mask_bs=None if whole else attention_mask,
+            mask_b1ts=attention_mask if whole else None,
             position_ids=position_ids,
             document_ids=document_ids,
             cache=past_key_values,

@@ -82,6 +82,7 @@ class Decoder(nn.Module):
         *,
         inputs_embeds: Optional[Tensor] = None,
         attention_mask_bs: Optional[Tensor] = None,
+        mask_b1ts: Optional[Tensor] = None,
         position_ids: Optional[Tensor] = None,
         document_ids: Optional[Tensor] = None,
         cache: Optional[AttentionCache] = None,
@@ -92,6 +93,8 @@ class Decoder(nn.Module):
             input_ids: (b, t) token ids; or give ``inputs_embeds`` (b, t, c).
             attention_mask_bs: (b, s) non-zero where a token is real, over cached and new tokens; padding may stand
                 left or right.
+            mask_b1ts: (b, 1, t, s) a mask of one's own as attention takes it, instead of the causal one; it goes with
+                ``position_ids``.
             position_ids: (b, t) positions; absent: counted from the cache, or over real tokens, or within documents.
             document_ids: (b, t) document of each token of a packed sequence; documents do not see each other.
             cache: keys and values of earlier tokens; the new ones are appended.
@@ -110,7 +113,10 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = default_positions(batch, past, new, padding_bs, document_ids, x_btc.device)
         rotary = rotary_tables(position_ids, self.shape.attention_head_dim, self.shape.rope_theta)
-        mask, is_causal = attention_mask(new, past + new, padding_bs, document_ids, x_btc.device)
+        if mask_b1ts is None:
+            mask, is_causal = attention_mask(new, past + new, padding_bs, document_ids, x_btc.device)
+        else:
+            mask, is_causal = mask_b1ts, False
         for index, (layer, ffn) in enumerate(self.layer_weights):
             x_btc = self.layers[layer](x_btc, self.ffns[ffn], rotary, mask, is_causal, cache, index)
         return self.norm(x_btc)

@@ -1,4 +1,4 @@
-"""Pictures drawn from records: the loss of a run, the make-up of a corpus."""
+"""Pictures drawn from records: the loss of a run, its evaluations, the make-up of a corpus."""
 
 from __future__ import annotations
 
@@ -135,6 +135,56 @@ def draw_corpus(facts: dict[str, Any], paper: dict[str, float], out: Path) -> No
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_evaluations(results: list[dict[str, Any]], out: Path, run: Path | None = None) -> None:
+    """Draw each score of a model's checkpoints with its standard error, and a run's loss by source beside them, as a PNG.
+
+    Args:
+        results: done evaluations in one suite (:mod:`mobillama.evaluate.run`), of a run's checkpoints, drawn against tokens,
+            or of numbered revisions.
+        out: the file to write.
+        run: the run directory whose checkpoints they are.
+    """
+    models = [result["model"] for result in results]
+    places = [model["tokens"] / 1e6 if run else model["number"] for model in models]
+    names = list(results[0].get("benchmarks", {}))
+    panels = len(names) + (run is not None) + ("holdout" in results[0])
+    columns = min(4, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+    free = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    if run is not None:
+        axes = free.pop(0)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in lines if line["kind"] == "step" and "fault" not in line]
+        for name in sorted({name for line in steps for name in line["loss_by_source"]}):
+            seen = [(s["tokens"] / 1e6, s["loss_by_source"][name]) for s in steps if name in s["loss_by_source"]]
+            axes.plot(*zip(*_smoothed(seen), strict=True), linewidth=1, label=name)
+        axes.set(title="training loss by source", ylabel="nats per token")
+        axes.legend(frameon=False, fontsize=7)
+    if "holdout" in results[0]:
+        axes = free.pop(0)
+        for name in results[0]["holdout"]["bits_per_byte_by_source"]:
+            held = [result["holdout"]["bits_per_byte_by_source"][name] for result in results]
+            axes.plot(places, held, marker=".", linewidth=1, label=name)
+        axes.set(title="hold-out", ylabel="bits per byte")
+        axes.legend(frameon=False, fontsize=7)
+    for name in names:
+        axes, facts = free.pop(0), [result["benchmarks"][name] for result in results]
+        scores, errors = [fact["score"] for fact in facts], [fact["stderr"] or 0.0 for fact in facts]
+        axes.errorbar(places, scores, yerr=errors, marker=".", linewidth=1, elinewidth=0.7, capsize=2)
+        if facts[0]["chance"] is not None:
+            axes.axhline(facts[0]["chance"], linestyle="dashed", linewidth=0.9, color="gray")
+        axes.set(title=name, ylabel=facts[0]["metric"])
+    for axes in free:
+        axes.set_visible(False)
+    for axes in figure.axes:
+        axes.set_xlabel("million tokens" if run else "revision")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
     with replaced_file(out) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mobillama.data.dataset import Dataset
+from mobillama.data.dataset import Batch, Dataset
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import PretrainRecipe
@@ -94,6 +93,7 @@ class Stepper:
         objective = Objective(self.model, train.z_loss, eos_id, autocast_to(self.precision, self.device))
         self._objective = distribute(objective, world, train.parallelism, train.shard_ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self._pinned: Tensor | None = None
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step ``step`` (from 0)."""
@@ -105,15 +105,15 @@ class Stepper:
         nats = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         sequences, size = torch.zeros_like(nats), 0
         batches = self.loader.take(step)
-        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
-            keep_gradients_local(self._objective, left > 0)
-            ids, sources = self._on_device(batch.ids), self._on_device(batch.sources)
+        placed = self._on_device(batches)
+        for number, (ids, sources) in enumerate(placed, start=1):
+            keep_gradients_local(self._objective, number < len(placed))
             total, losses_bt = self._objective(ids)
             # Processes' gradients are averaged, and the loss is the mean over all of them.
             torch.autograd.backward(total * self.world.size / self.tokens)
             nats.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
-            size += int(self.dataset.token_lengths[batch.ids[:, 1:]].sum())
+            size += int(self.dataset.token_lengths[batches[number - 1].ids[:, 1:]].sum())
         limit = self.recipe.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -132,10 +132,19 @@ class Stepper:
             gradient_norm=float(norm),
         )
 
-    def _on_device(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Return a copy on the device, for which a GPU need not be waited for."""
-        tensor = torch.from_numpy(numbers)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def _on_device(self, batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """Return ids (b, t + 1) and sources (b) of micro-batches on the device; a GPU need not be waited for.
+
+        They travel through memory that is pinned once. It is free again: each step ends by waiting for its numbers.
+        """
+        rows = np.concatenate([np.column_stack((batch.ids, batch.sources)) for batch in batches], dtype=np.int64)
+        placed = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            if self._pinned is None:
+                self._pinned = torch.empty_like(placed, pin_memory=True)
+            placed = self._pinned.copy_(placed).to(self.device, non_blocking=True)
+        parts = torch.split(placed, [len(batch.ids) for batch in batches])
+        return [(part[:, :-1], part[:, -1]) for part in parts]
 
     def losses(self, ids_bs: Tensor) -> Tensor:
         """Return the losses (b, t) in nats of the tokens of sequences (b, t + 1); all processes call it equally often."""

@@ -1,4 +1,4 @@
-"""Looking into runs and models: what a step learns from, what the hold-out costs."""
+"""Looking into runs and data: what a step learns from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from mobillama.config import load_recipe
-from mobillama.console import progress, table
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import decode
 from mobillama.errors import UsageError
@@ -61,21 +60,3 @@ def show_step(path: Path, step: int, batch_size: int | None, seed: int | None, c
             )
         shown = text if not characters or len(text) <= characters else f"{text[:characters]}…"
         print("   " + shown.replace("\n", "\n   "))
-
-
-def show_heldout(model: Path, data: Path, device: str, limit: int, baselines: bool, as_json: bool) -> None:
-    """Print a model's bits per byte on the hold-out, and with ``baselines`` what simpler methods reach."""
-    from mobillama.evaluate.heldout import evaluate_baselines, evaluate_heldout
-
-    dataset = Dataset(data)
-    with progress() as show:
-        result = evaluate_heldout(model, dataset, device, limit, lambda done, total: show("evaluate", done, total))
-    if baselines:
-        result["baselines"] = evaluate_baselines(dataset, limit)
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    rows = [(str(model), f"{result['bits_per_byte']:.4f}")]
-    rows += [(f"  {name}", f"{value:.4f}") for name, value in result["bits_per_byte_by_source"].items()]
-    rows += [(name, f"{value:.4f}") for name, value in result.get("baselines", {}).items()]
-    table(f"Hold-out of {data}: {result['bytes']:,} bytes", ["", "bits per byte"], rows)

@@ -1,0 +1,320 @@
+"""Our adapter beside the harness's own HFLM: speed, tokens through the model, log-probabilities, decisions.
+
+    python benchmarks/evaluation.py tokens --benchmarks DIR --tokenizer LLAMA.model --out tokens.npz   # no GPU; minutes
+    python benchmarks/evaluation.py measure --tokens tokens.npz                                        # one GPU
+    python benchmarks/evaluation.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --limit 40
+    python benchmarks/evaluation.py gguf SmolLM2-135M-Instruct.Q4_1.gguf OUT     # a directory that both can read
+
+``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
+one machine, one after another: the whole suite through ours; a fixed sample of questions through both in bfloat16; a smaller
+one through both in float32, where rounding hides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mobillama.console import note, progress, table
+from mobillama.evaluate.encode import Encoded, TextTokenizer, to_sequences
+from mobillama.evaluate.scorer import Scorer
+from mobillama.record.environment import environment
+from mobillama.record.files import read_json, sha256_json, write_json
+from mobillama.record.manifest import describe_files
+
+RESULTS = Path(__file__).parent / "results" / "evaluation.json"
+CONTEXT = 2048
+SEED = 0
+TIE = 1e-4  # decisions may differ where the best two are nearer than this
+
+
+def write_tokens(args: argparse.Namespace) -> None:
+    """Write the suite's requests as ids."""
+    from transformers import AutoTokenizer
+
+    from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
+    from mobillama.evaluate.requests import load_tasks, load_tokens
+    from mobillama.evaluate.suites import SUITES
+
+    with tempfile.TemporaryDirectory() as folder, progress() as show:
+        source = args.tokenizer
+        if source.is_file():  # a sentencepiece model, as transformers reads it from a model directory of ours
+            save_tokenizer(load_tokenizer(source), Path(folder))
+            source = Path(folder)
+        files = describe_files(source)
+        digest = sha256_json({name: fact for name, fact in files.items() if name.startswith("tokenizer")})
+        tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(source), digest, False)
+        tasks = load_tasks(SUITES["paper"], args.benchmarks, args.cache, 0, show)
+        encoded = load_tokens(tasks, tokenizer, args.cache, show)
+    questions, names, start = [], [], 0
+    for task in tasks:
+        questions.append(np.array(task.requests.documents, np.int32) + start)
+        start = int(questions[-1].max()) + 1
+        names += [task.benchmark.name] * len(task.requests)
+    kinds = sorted(set(names))
+    np.savez_compressed(
+        args.out,
+        question_n=np.concatenate(questions),
+        benchmark_n=np.array([kinds.index(name) for name in names], np.uint8),
+        benchmarks=np.array(kinds),
+        **vars(_joined(encoded)),
+    )
+    note(f"{args.out}: {len(names):,} requests of {start:,} questions, {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    def ends(name: str, ids: str) -> NDArray[np.int64]:
+        starts = np.cumsum([0, *(len(getattr(part, ids)) for part in parts)])
+        return np.concatenate([getattr(part, name) + start for part, start in zip(parts, starts, strict=False)])
+
+    heads = np.cumsum([0, *(len(part.context_ends) for part in parts)])
+    return Encoded(
+        np.concatenate([part.context_ids for part in parts]),
+        ends("context_ends", "context_ids"),
+        np.concatenate([part.context_of_n + head for part, head in zip(parts, heads, strict=False)]).astype(np.int32),
+        np.concatenate([part.continuation_ids for part in parts]),
+        ends("continuation_ends_n", "continuation_ids"),
+        np.array(False),
+    )
+
+
+class Questions:
+    """Requests as ids, all or those of a seeded sample of the questions."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as stored:
+            self.question_n, self.benchmark_n, self.benchmarks = (
+                stored[name] for name in ("question_n", "benchmark_n", "benchmarks")
+            )
+            names = [name for name in stored.files if name not in ("question_n", "benchmark_n", "benchmarks")]
+            encoded = Encoded(**{name: stored[name] for name in names})
+        self.heads = np.split(encoded.context_ids, encoded.context_ends[:-1])
+        self.parts = np.split(encoded.continuation_ids, encoded.continuation_ends_n[:-1])
+        self.head_of = encoded.context_of_n
+        self.encoded = encoded
+
+    def sample(self, share: float, limit: int) -> NDArray[np.int64]:
+        """Return the requests of a share of all questions, or of ``limit`` of them."""
+        questions = np.unique(self.question_n)
+        count = limit or round(share * len(questions))
+        chosen = np.random.default_rng(SEED).permutation(questions)[:count]
+        return np.flatnonzero(np.isin(self.question_n, chosen))
+
+
+def through_ours(scorer: Scorer, questions: Questions, requests: NDArray[np.int64]) -> dict[str, Any]:
+    """Score requests with our scorer; packing counts as part of the time."""
+    sequences, _, truncated = to_sequences(questions.encoded, CONTEXT)
+    chosen = [sequences[index] for index in requests]
+    before, logprobs = scorer.tokens, np.zeros(len(chosen))
+    with _clock(scorer.device) as clock:
+        for scores in scorer.score(chosen):
+            for score in scores:
+                logprobs[score.sequence] = score.logprob
+    tokens = scorer.tokens - before
+    return {"seconds": clock["seconds"], "tokens": tokens, "truncated": truncated.contexts, "logprobs": logprobs}
+
+
+def through_stock(
+    model: Any, questions: Questions, requests: NDArray[np.int64], batch: int, softmax: str
+) -> dict[str, Any]:
+    """Score requests with the harness's own adapter.
+
+    Args:
+        softmax: the type that it computes log-probabilities in. torch's float32 log_softmax over tens of thousands of ids
+            rounds more coarsely than what is compared, so where bits count it is float64.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"</s>": 0}, unk_token="</s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    settings = {"batch_size": batch, "max_length": CONTEXT, "device": str(model.device), "softmax_dtype": softmax}
+    stock = HFLM(model, tokenizer=tokenizer, **settings)
+    tokens = 0
+
+    def count(module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        nonlocal tokens
+        tokens += (inputs[0] if inputs else named["input_ids"]).numel()
+
+    counting = model.register_forward_pre_hook(count, with_kwargs=True)
+    asked = [
+        ((str(index), ""), questions.heads[questions.head_of[index]].tolist(), questions.parts[index].tolist())
+        for index in requests
+    ]
+    with _clock(model.device) as clock:
+        answers = stock._loglikelihood_tokens(asked, disable_tqdm=True)
+    counting.remove()
+    return {"seconds": clock["seconds"], "tokens": tokens, "logprobs": np.array([logprob for logprob, _ in answers])}
+
+
+@contextmanager
+def _clock(device: torch.device) -> Iterator[dict[str, float]]:
+    measured: dict[str, float] = {}
+    started = time.perf_counter()
+    yield measured
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    measured["seconds"] = time.perf_counter() - started
+
+
+def compare(questions: Questions, requests: NDArray[np.int64], ours: Any, stock: Any) -> dict[str, Any]:
+    """Return how far two answers to the same requests are apart, question by question."""
+    differ = beyond = 0
+    question_n = questions.question_n[requests]
+    starts = np.flatnonzero(np.diff(question_n, prepend=-1))
+    for a, b in zip(np.split(ours["logprobs"], starts[1:]), np.split(stock["logprobs"], starts[1:]), strict=True):
+        if a.argmax() != b.argmax():
+            differ += 1
+            beyond += abs(b[a.argmax()] - b.max()) > TIE
+    return {
+        "questions": len(starts),
+        "requests": len(requests),
+        "max_logprob_difference": float(np.abs(ours["logprobs"] - stock["logprobs"]).max()),
+        "mean_logprob_difference": float(np.abs(ours["logprobs"] - stock["logprobs"]).mean()),
+        "decisions_that_differ": differ,
+        "of_them_not_within_1e-4": int(beyond),
+        "speed_ratio": stock["seconds"] / ours["seconds"],
+        "ours": {name: ours[name] for name in ("seconds", "tokens")},
+        "stock": {name: stock[name] for name in ("seconds", "tokens")},
+    }
+
+
+def open_model(args: argparse.Namespace) -> Any:
+    """Return the model of a directory, or one of a preset with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import mobillama.hf  # noqa: F401
+
+    device = torch.device(args.device)
+    if args.model:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    from dataclasses import asdict
+
+    from mobillama.recipe import PRESETS
+
+    torch.manual_seed(SEED)
+    config = AutoConfig.for_model(
+        "mobillama", **{**asdict(PRESETS[args.preset][0]), "max_position_embeddings": CONTEXT}
+    )
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the three comparisons and write what they show."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    questions = Questions(args.tokens)
+    cuda = args.device == "cuda"
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "model": Path(args.model).name if args.model else f"{args.preset}, random weights",
+        "requests": len(questions.question_n),
+    }
+    exact = questions.sample(args.exact_share, args.limit)
+    model = open_model(args)
+    scorer = Scorer(model, "float32", CONTEXT)
+    ours, stock = through_ours(scorer, questions, exact), through_stock(model, questions, exact, args.batch, "float64")
+    result["float32"] = compare(questions, exact, ours, stock)
+    _save(result, args)
+    if cuda or args.bfloat16:
+        del scorer, model
+        gc.collect()
+        model = open_model(args)
+        scorer = Scorer(model, "bfloat16", CONTEXT)
+        sample = questions.sample(args.share, args.limit)
+        through_ours(scorer, questions, sample[:64])  # kernels are chosen
+        ours, stock = (
+            through_ours(scorer, questions, sample),
+            through_stock(model, questions, sample, args.batch, "float32"),
+        )
+        result["bfloat16"] = compare(questions, sample, ours, stock)
+        _save(result, args)
+        if not args.limit:
+            whole = through_ours(scorer, questions, np.arange(len(questions.question_n)))
+            result["whole_suite"] = {name: whole[name] for name in ("seconds", "tokens", "truncated")}
+            result["whole_suite"]["tokens_per_second"] = whole["tokens"] / whole["seconds"]
+            _save(result, args)
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        if facts := result.get(precision):
+            rows += [
+                (f"{precision}: requests · questions", f"{facts['requests']:,} · {facts['questions']:,}"),
+                ("  tokens: ours · stock", f"{facts['ours']['tokens']:,} · {facts['stock']['tokens']:,}"),
+                ("  seconds: ours · stock", f"{facts['ours']['seconds']:.1f} · {facts['stock']['seconds']:.1f}"),
+                ("  times faster", f"{facts['speed_ratio']:.2f}"),
+                ("  largest difference of log-probabilities", f"{facts['max_logprob_difference']:.2e}"),
+                (
+                    "  decisions that differ · not within 1e-4",
+                    f"{facts['decisions_that_differ']} · {facts['of_them_not_within_1e-4']}",
+                ),
+            ]
+    if whole_facts := result.get("whole_suite"):
+        said = f"{whole_facts['tokens']:,} tokens in {whole_facts['seconds']:.1f} s"
+        rows.append(("whole suite, ours", f"{said}, {whole_facts['tokens_per_second']:,.0f}/s"))
+    table(f"{result['model']} on {result['device']}", ["", ""], rows)
+
+
+def _save(result: dict[str, Any], args: argparse.Namespace) -> None:
+    known = read_json(args.results) if args.results.is_file() else {}
+    write_json(args.results, {**known, f"{result['model']}, {result['device']}": result})
+
+
+def convert_gguf(args: argparse.Namespace) -> None:
+    """Write a GGUF file's model as a Hugging Face directory in float32, through transformers' own reader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": args.file.parent, "gguf_file": args.file.name}
+    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)  # the weights are not quantized any more
+    written = type(read)(type(read.config).from_dict(settings))
+    written.load_state_dict(read.state_dict())
+    written.save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(args.out)
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("tokens")
+    verb.add_argument("--benchmarks", type=Path, required=True)
+    verb.add_argument("--tokenizer", type=Path, required=True, help="a .model file, or a Hugging Face directory")
+    verb.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mobillama" / "evaluate")
+    verb.add_argument("--out", type=Path, required=True)
+    verb.set_defaults(run=write_tokens)
+    verb = verbs.add_parser("measure")
+    verb.add_argument("--tokens", type=Path, required=True)
+    verb.add_argument("--model", help="a model directory, instead of random weights")
+    verb.add_argument("--preset", default="mobillama-0.5b")
+    verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    verb.add_argument("--share", type=float, default=0.2, help="of the questions, in bfloat16")
+    verb.add_argument("--exact-share", type=float, default=0.01, help="of the questions, in float32")
+    verb.add_argument("--limit", type=int, default=0, help="questions of either sample instead")
+    verb.add_argument("--batch", type=int, default=32, help="rows of the stock adapter")
+    verb.add_argument("--bfloat16", action="store_true", help="in bfloat16 on a CPU too")
+    verb.add_argument("--results", type=Path, default=RESULTS)
+    verb.set_defaults(run=measure)
+    verb = verbs.add_parser("gguf")
+    verb.add_argument("file", type=Path)
+    verb.add_argument("out", type=Path)
+    verb.set_defaults(run=convert_gguf)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

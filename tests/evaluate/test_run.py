@@ -1,0 +1,182 @@
+"""A suite from benchmarks on disk to records: equal to the harness, once, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import run_cli, shared_data
+from mobillama.errors import UsageError
+from mobillama.evaluate.model import find_model
+from mobillama.evaluate.requests import SEED, load_tasks
+from mobillama.evaluate.results import read_result
+from mobillama.evaluate.run import Evaluator
+from mobillama.evaluate.suites import SUITES, find_suite
+
+SMALL = replace(
+    SUITES["paper"], benchmarks=tuple(b for b in SUITES["paper"].benchmarks if b.name in ("SIQA", "WinoGrande"))
+)
+
+
+def quiet(*told) -> None:
+    pass
+
+
+@pytest.fixture
+def evaluator(benchmarks, tmp_path):
+    def make(suite=SMALL, limit=0, folder=benchmarks) -> Evaluator:
+        return Evaluator(suite, folder, tmp_path / "cache", limit, "cpu", "float32", None, quiet)
+
+    return make
+
+
+def test_scores_and_samples_equal_the_harness(evaluator, small_model, benchmarks, tmp_path):
+    ours = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    stock = HFLM(
+        AutoModelForCausalLM.from_pretrained(small_model),
+        tokenizer=tokenizer,
+        add_bos_token=False,
+        prefix_token_id=tokenizer.eos_token_id,
+        batch_size=4,
+        device="cpu",
+    )
+    tasks = {task.name: task.task for task in load_tasks(SMALL, benchmarks, tmp_path / "other", 0, quiet)}
+    for task in tasks.values():
+        task.set_fewshot_seed(SEED)
+    theirs = evaluate(stock, tasks, bootstrap_iters=2)
+    answers = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()[1:]]
+    assert len(answers) == 24
+    for answer in answers:
+        (sample,) = [s for s in theirs["samples"][answer["task"]] if s["doc_id"] == answer["document"]]
+        logprobs, greedy = zip(*(response[0] for response in sample["resps"]), strict=True)
+        assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+        assert tuple(answer["greedy"]) == greedy
+    for name, metric in (("social_iqa", "acc_norm"), ("winogrande", "acc")):
+        found, expected = ours["tasks"][name]["metrics"][metric], theirs["results"][name]
+        assert found["value"] == expected[f"{metric},none"]
+        assert found["stderr"] == pytest.approx(expected[f"{metric}_stderr,none"])
+    assert ours["benchmarks"]["SIQA"]["score"] == 100 * theirs["results"]["social_iqa"]["acc_norm,none"]
+    assert ours["packed"] and ours["model"]["sha256"]["model.safetensors"]
+
+
+def test_what_is_done_is_not_done_again_and_caches_serve_the_next_model(evaluator, small_model, tmp_path):
+    first = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*.[np]*")}
+    assert len(made) == 4  # requests and tokens of two tasks
+    assert evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {}) == first
+    other = tmp_path / "other"
+    shutil.copytree(small_model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, other / "model.safetensors")
+    second = evaluator().evaluate(find_model(str(other)), tmp_path / "out", {})
+    assert second["key"]["model"] != first["key"]["model"] and second["tasks"] != first["tasks"]
+    assert made == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*.[np]*")}
+    for path in (tmp_path / "cache").glob("*-*.[np]*"):  # cut short: made again
+        path.write_bytes(path.read_bytes()[:100])
+    again = evaluator().evaluate(find_model(str(other)), tmp_path / "new", {})
+    assert again["tasks"] == second["tasks"]
+
+
+def test_questions_of_another_number_or_content_are_other_requests(evaluator, benchmarks, tmp_path):
+    digests = [task.digest for task in evaluator().tasks]
+    assert [task.digest for task in evaluator().tasks] == digests
+    assert all(a != b for a, b in zip(digests, [task.digest for task in evaluator(limit=5).tasks], strict=True))
+    changed = tmp_path / "changed"
+    shutil.copytree(benchmarks, changed)
+    place = changed / "lighteval" / "siqa" / "default"
+    shutil.copy(place / "train.parquet", place / "validation.parquet")
+    assert [a == b for a, b in zip(digests, [t.digest for t in evaluator(folder=changed).tasks], strict=True)] == [
+        task.name != "social_iqa" for task in evaluator().tasks
+    ]
+
+
+def test_a_half_written_result_does_not_count(evaluator, small_model, tmp_path):
+    first = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    for file in ("result.json", "samples.jsonl"):
+        path = tmp_path / "out" / file
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert read_result(tmp_path / "out") is None
+    again = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    assert again["tasks"] == first["tasks"]
+    assert 0 < again["sequences_scored"] < first["sequences_scored"]
+
+
+@pytest.mark.parametrize("fault", ["nan", "missing", "cut"])
+def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault):
+    broken = tmp_path / "broken"
+    shutil.copytree(small_model, broken)
+    path = broken / "model.safetensors"
+    weights = load_file(path)
+    if fault == "nan":
+        weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    elif fault == "missing":
+        del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, path)
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    result = evaluator().evaluate(find_model(str(broken)), tmp_path / "out", {})
+    assert result["status"] == "failed" and read_result(tmp_path / "out") == result
+    said, code = {"nan": ("NaN", 5), "missing": ("q_proj", 4), "cut": ("damaged", 4)}[fault]
+    assert said in result["error"] and result["exit_code"] == code
+
+
+def test_missing_data_name_the_directory_and_the_hub_id(evaluator, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty/lighteval/siqa: missing; copy the data set 'lighteval/siqa'"):
+        _ = evaluator(folder=tmp_path / "empty").tasks
+    with pytest.raises(UsageError, match="did you mean 'paper'"):
+        find_suite("papr")
+
+
+def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
+    words = ["evaluate", small_model, "--suite", "perplexity", "--benchmarks", benchmarks, "--json", "--device", "cpu"]
+    words += ["--precision", "float32"]
+    environment = {**os.environ, "MOBILLAMA_CACHE": str(tmp_path / "cache")}
+    whole = json.loads(run_cli(*words, "--out", tmp_path / "whole", env=environment).stdout)["results"][0]
+    command = [sys.executable, Path(__file__).parent / "scripts" / "slow_evaluation.py"]
+    process = subprocess.Popen([*command, *map(str, words), "--out", str(tmp_path / "killed")], env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        files = list((tmp_path / "killed").rglob("samples.jsonl"))
+        if files and len(files[0].read_text().splitlines()) > 10:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list((tmp_path / "killed").rglob("result.json"))
+    done = run_cli(*words, "--out", tmp_path / "killed", env=environment)
+    result = json.loads(done.stdout)["results"][0]
+    assert 0 < result["sequences_scored"] < whole["sequences_scored"]
+    assert result["benchmarks"]["LAMBADA"]["score"] == whole["benchmarks"]["LAMBADA"]["score"]
+    bits = [r["benchmarks"]["WikiText-2"]["score"] for r in (result, whole)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6) and 2 < bits[0] < 9
+
+
+def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
+    folder = shared_data() / "benchmarks"
+    evaluator = Evaluator(SUITES["quick"], folder, tmp_path / "cache", 1, "cpu", "float32", None, quiet)
+    result = evaluator.evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    assert result["status"] == "done", result
+    assert [facts["tasks"] for facts in result["benchmarks"].values()] == [1, 1, 57, 1, 10, 1, 1, 1, 1]
+    assert len(result["tasks"]) == 74 and result["truncated"]["contexts"] > 0
+    shots = {name: facts["shots"] for name, facts in result["benchmarks"].items() if facts["shots"]}
+    assert shots == {"HellaSwag": 10, "MMLU": 5, "ARC-C": 25, "WinoGrande": 5}
+    tasks = {task.name: task for task in evaluator.tasks}
+    assert tasks["social_iqa"].requests.contexts[0].endswith("\nAnswer: ")
+    assert tasks["mmlu_anatomy"].requests.contexts[0].count("Answer:") == 6
+    assert tasks["hellaswag"].requests.contexts[0].count("\n\n") == 10

@@ -80,6 +80,8 @@ def kills(work: Path, show: Any, count: int = 200) -> dict[str, Any]:
         show("kills", number, count, f"{inside} inside a save")
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         resumes += _resumed(process)
+        while not list_checkpoints(checkpoints):  # the first run's: each kill is followed by a resume
+            time.sleep(0.01)
         if number % 3:
             time.sleep(choose.random() * 0.4)
         else:
@@ -92,7 +94,11 @@ def kills(work: Path, show: Any, count: int = 200) -> dict[str, Any]:
         process.wait()
         committed = {path for _, path in list_checkpoints(checkpoints)}
         inside += any(path not in committed for path in checkpoints.iterdir())
-    subprocess.run(command, check=True, capture_output=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    resumes += _resumed(process)
+    process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the last run ended with {process.returncode}")
     last = [_digests(list_checkpoints(work / name / "checkpoints")[-1][1]) for name in ("killed", "whole")]
     return {
         "kills": count,

@@ -22,7 +22,7 @@ from mobillama.train.parallel import layer_groups
 # Share of the peak that our step reaches on one H100 at mobillama-0.5b (benchmarks/train.py, attention counted causally).
 MEASURED_MFU = 0.52
 # Residual-wide 16-bit numbers that a layer keeps of a token for its backward pass, and inner-wide ones.
-_KEPT = {"none": (9, 2), "selective": (6, 2), "full": (1, 0)}
+_KEPT = {"none": (9, 2), "selective": (6, 2), "fused": (6, 2), "full": (1, 0)}
 _PLAIN_BYTES = 16  # float32 weight, gradient and AdamW's two moments
 _GATHERED_BYTES = 8  # float32 weight and gradient
 _AMBER_CHUNKS, _AMBER_CHUNK = 360, 1_706_976
@@ -59,9 +59,11 @@ def plan(recipe: PretrainRecipe, gpus: int, gpu: str, gpus_per_node: int) -> dic
     micro = min(train.micro_batch_size, train.batch_size // gpus)
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, train.shard_ranks or gpus_per_node)}[train.parallelism]
     state = _PLAIN_BYTES * cost.stored_parameters / shards + (_GATHERED_BYTES * _gathered(model) if shards > 1 else 0)
-    kept = model.num_hidden_layers * _kept(model, train.activation_checkpointing)
-    if train.activation_checkpointing == "full":
-        kept += _kept(model, "none")  # of the layer that is computed again
+    whole = "fused" if train.fused else "none"
+    way = whole if train.activation_checkpointing == "none" else train.activation_checkpointing
+    kept = model.num_hidden_layers * _kept(model, way)
+    if way == "full":
+        kept += _kept(model, whole)  # of the layer that is computed again
     hours = tokens * cost.training_flops_causal / (gpus * peak * MEASURED_MFU) / 3600
     return {
         "parameters": cost.stored_parameters,

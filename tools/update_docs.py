@@ -201,6 +201,31 @@ def faults() -> str:
     return "\n".join(lines)
 
 
+def train_speed() -> str:
+    """Return the tables of benchmarks/train.py, one for each preset, device and kind of tokens."""
+    tables = []
+    for title, result in load("train").items():
+        found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
+        ours = {name: facts["tokens_per_second"] for name, facts in found.items() if name.startswith("ours")}
+        on_gpu = any(facts.get("peak_gib") for facts in found.values())
+        lines = [f"| {title} | tokens/s |{' MFU causal · full | peak GiB | micro-batch |' if on_gpu else ''} ours is |"]
+        lines.append("|---|---:|" + ("---:|---:|---:|" if on_gpu else "") + "---:|")
+        for name, facts in found.items():
+            mine = ours.get("ours, float8" if "float8" in name else "ours")
+            ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and name not in ours else ""
+            cells = [name, f"{facts['tokens_per_second']:,.0f}"]
+            if on_gpu:
+                mfu = f"{facts['mfu_causal']:.1%} · {facts['mfu_full']:.1%}" if facts.get("mfu_causal") else ""
+                peak = f"{facts['peak_gib']:.1f}" if facts.get("peak_gib") else ""
+                cells += [mfu, peak, str(facts.get("micro_batch", result["micro_batch"]))]
+            lines.append(f"| {' | '.join([*cells, ratio])} |")
+        device = next((facts["device"] for facts in found.values() if facts.get("device", "cpu") != "cpu"), "")
+        where = f"{device}, " if device else ""
+        lines += ["", f"`python benchmarks/train.py`; {where}{_measured(result['environment'], 'torch')}."]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def resume() -> str:
     """Return what the killed and resumed run on a GPU showed."""
     done = json.loads((ROOT / "docs" / "experiments" / "h100-resume" / "summary.json").read_text(encoding="utf-8"))
@@ -288,6 +313,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "corpus-table": (ROOT / "docs" / "data.md", corpus_table),
     "corpus-proofs": (ROOT / "docs" / "data.md", corpus_proofs),
     "faults": (ROOT / "docs" / "training.md", faults),
+    "train-speed": (ROOT / "docs" / "training.md", train_speed),
     "h100-resume": (ROOT / "docs" / "training.md", resume),
     "data-plan": (ROOT / "docs" / "data.md", data_plan),
     "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),

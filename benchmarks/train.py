@@ -157,7 +157,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def ratios_of(found: dict[str, Any]) -> dict[str, float]:
-    """Return our speeds over those of the contenders of the same precision."""
+    """Return our speeds over those of the plain contenders of the same precision, and of the peers, which are in bfloat16."""
     ratios = {}
     for mine in (name for name in found if name.startswith("ours") and "tokens_per_second" in found[name]):
         rivals = RIVALS["ours, float8" if "float8" in mine else "ours"]

@@ -305,7 +305,8 @@ class TrainConfig:
     """Keep less for the backward pass and compute it again. selective: all but products and attention, little slower
     when compiled; full: whole layers, a quarter slower, for the least memory."""
     float8: bool = False
-    """Multiply the layers' matrices in float8 (CUDA from Ada or Hopper on; needs torchao; best compiled)."""
+    """Multiply the layers' matrices in float8 (CUDA from Ada or Hopper on). Without fused it needs torchao, and is best
+    compiled."""
     deterministic: bool = False
     """Make GPU steps repeatable to the bit, flash attention's backward pass too; slower."""
     checkpoint_every: int = 2134
@@ -413,6 +414,7 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
+        _require(not (self.train.fused and self.model.qk_norm), "model.qk_norm", True, "false with train.fused")
 
 
 _LARGE_BASE = ModelConfig(share="none")

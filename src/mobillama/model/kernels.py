@@ -226,11 +226,12 @@ def _quantise_kernel(
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     row64, column64 = row.to(tl.int64), column.to(tl.int64)
     inside = (row[:, None] < rows) & (column[None, :] < width)
-    bound = tl.maximum(tl.load(largest), 1e-12)
+    bound = tl.maximum(tl.load(largest), 1e-12, propagate_nan=tl.PropagateNan.ALL)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(inverse, bound / most)
     v = tl.load(x + row64[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32) * (most / bound)
-    v = tl.minimum(tl.maximum(v, -most), most)
+    v = tl.maximum(v, -most, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.minimum(v, most, propagate_nan=tl.PropagateNan.ALL)
     if write_rows:
         tl.store(rows_out + row64[:, None] * width + column[None, :], v.to(rows_out.dtype.element_ty), mask=inside)
     if write_columns:
@@ -241,7 +242,7 @@ def _quantise_kernel(
 def quantise(
     x: Tensor, largest: Tensor, dtype: torch.dtype, by_row: bool, by_column: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mobillama.train.float8.quantise`."""
+    """See :func:`mobillama.train.arithmetic.quantise`."""
     rows, width = x.shape
     rows_out = x.new_empty(x.shape if by_row else 0, dtype=dtype)
     columns_out = x.new_empty((width, rows) if by_column else 0, dtype=dtype)

@@ -25,6 +25,8 @@ class Background(Thread, Generic[Value]):
             self._value = self._work()
         except BaseException as error:
             self.error = error
+        finally:
+            del self._work  # and what it holds, a checkpoint's tensors say
 
     def ended(self, seconds: float) -> bool:
         """Wait at most ``seconds`` for the thread's end, not the work's alone: an interpreter that ends before crashes."""

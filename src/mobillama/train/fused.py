@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mobillama.errors import UsageError
 from mobillama.model.linear import to_compute_type
 from mobillama.model.norm import normalise, normalise_backward
 from mobillama.model.rotary import rotate_in_place, split_heads
@@ -40,15 +39,17 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
         recompute: keep a layer's input alone and compute the rest again for the backward pass.
 
     Raises:
-        UsageError: the model has QK-norm.
+        ValueError: the model has QK-norm, or later, a pass with gradients brings a mask or a cache.
     """
     if decoder.shape.qk_norm:
-        raise UsageError("train.fused: knows no model.qk_norm; set one of them to false")
+        raise ValueError("fused layers know no QK-norm")
     arithmetic = Float8() if float8 else Bfloat16()
     uses = Counter(decoder.layers[layer] for layer, _ in decoder.layer_weights)
     uses.update(decoder.ffns[ffn] for _, ffn in decoder.layer_weights)
     opened: dict[nn.Module, tuple[_Joined, ...]] = {}
     decoder.register_forward_pre_hook(lambda *_: opened.clear())
+    if not recompute:
+        decoder.register_forward_hook(lambda *_: opened.clear())
 
     def open_weights(module: nn.Module, join: Callable[[], tuple[_Joined, ...]]) -> tuple[_Joined, ...]:
         if uses[module] == 1:
@@ -60,10 +61,13 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
     def forward(layer: Layer, plain: Callable[..., Tensor], x_btc: Tensor, ffn: FeedForward, *inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(x_btc, ffn, *inputs)
+        rotary, mask, _, cache, _ = inputs
+        if mask is not None or cache is not None:
+            raise ValueError("fused layers know no mask but the causal one, and no cache")
         step = functools.partial(_step, decoder.shape, arithmetic, layer, ffn, open_weights)
         if recompute:
-            return checkpoint(step, x_btc, inputs[0], use_reentrant=False, preserve_rng_state=False)
-        return step(x_btc, inputs[0])
+            return checkpoint(step, x_btc, rotary, use_reentrant=False, preserve_rng_state=False)
+        return step(x_btc, rotary)
 
     for module in decoder.layers:
         layer = cast(Layer, module)
@@ -199,7 +203,7 @@ class _FusedLayer(torch.autograd.Function):
             x_nc, factor1_n, most1, heads_btj, seen_bthd, most_seen, middle_nc, factor2_n, most2, gate_up_nj, most_gated,
             cos_btd, sin_btd, norm1_c, norm2_c, *chain(*facts.operands), *rest,
         )  # fmt: skip
-        return out_nc.view_as(x_btc)
+        return torch.ops.aten._unsafe_view(out_nc, x_btc.shape)  # no view: FSDP warns of modules that return one
 
     @staticmethod
     def backward(ctx: Any, grad_btc: Tensor) -> tuple[Tensor | None, ...]:

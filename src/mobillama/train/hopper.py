@@ -14,17 +14,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobillama.errors import UsageError
+from mobillama.recipe import ModelConfig
 
 
-def require_hopper(device: torch.device) -> None:
-    """Check that fused layers can run on ``device``.
+def require_hopper(device: torch.device, precision: str, config: ModelConfig, context: int, float8: bool) -> None:
+    """Check that fused layers of a model can train on ``device``, on sequences of ``context`` tokens.
 
     Raises:
-        UsageError: it is no Hopper GPU, or the libraries are not installed.
+        UsageError: it is no Hopper GPU, precision or shape do not fit, or the libraries are not installed.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         raise UsageError("train.fused: needs a Hopper GPU (H100, H200); set it to false")
+    check_shapes(precision, config, context, float8)
     _libraries()
+
+
+def check_shapes(precision: str, config: ModelConfig, context: int, float8: bool) -> None:
+    """Check that the kernels know precision and shape: rows of 16 bytes, heads that attention knows.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if precision != "bfloat16":
+        raise UsageError(f"train.fused: computes in bfloat16, not in {precision}; set train.precision or train.fused")
+    unit = 16 if float8 else 8
+    sizes = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
+    for key, size in sizes.items():
+        if size % unit:
+            raise UsageError(
+                f"train.fused: needs {key} to be a multiple of {unit}, not {size}; set train.fused to false"
+            )
+    width = config.attention_head_dim
+    if width % 8 or width > (256 if width % 32 == 0 else 128):
+        raise UsageError(f"train.fused: knows no heads {width} wide; set it to false")
+    if float8 and context % 16:
+        raise UsageError(
+            f"train.float8: needs sequences of a multiple of 16 tokens, and these have {context}; prepare the data with "
+            "another sequence_length, or set it to false"
+        )
 
 
 @functools.cache

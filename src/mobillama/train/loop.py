@@ -123,7 +123,6 @@ class _Run:
         keep, keep_every = recipe.train.keep_checkpoints, recipe.train.keep_every
         self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep, keep_every, reporter.on_note)
         self.is_due = checkpoint_due(recipe.train, dataset.sequence_length - 1, dataset.chunk_ends)
-        self.saver.reserve(self.stepper.model, self.stepper.optimizers)
         self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
         sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
         self.records = Records(run, world.is_first, sink, reporter.on_note)
@@ -149,6 +148,8 @@ class _Run:
             self.records.open(first),
             stop_flag(self.reporter.on_note) as stop,
         ):
+            if done < train.steps:
+                self.saver.reserve(self.stepper.model, self.stepper.optimizers)
             if path is not None:
                 self.saver.resume(path)
             while done < train.steps:

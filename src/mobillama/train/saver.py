@@ -160,8 +160,9 @@ class Saver:
 
     def close(self) -> None:
         """Wait for the save under way, which may yet be committed though the run has failed; but not for ever."""
-        if self._under_way is not None:
-            self._under_way.ended(_LAST_PATIENCE)
+        for thread in (self._reserved, self._under_way):
+            if thread is not None:
+                thread.ended(_LAST_PATIENCE)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a copy of a weight, gathered from all processes, in the first of them."""

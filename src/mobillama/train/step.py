@@ -80,14 +80,15 @@ class Stepper:
         self.model = MobiLlama(recipe.model)
         initialise(self.model, recipe.model, recipe.seed)
         self.model.to(self.device)
-        if not train.fused:
+        if train.fused:
+            require_hopper(self.device, self.precision, recipe.model, dataset.sequence_length - 1, train.float8)
+        else:
             if train.float8:
                 use_float8(self.model)
             checkpoint_activations(self.model.model, train.activation_checkpointing)
         if train.compile:
             compile_layers(self.model.model)
         if train.fused:
-            require_hopper(self.device)
             fuse_layers(self.model.model, train.float8, recompute=train.activation_checkpointing == "full")
         eos_id = dataset.tokenizer.eos_id if train.mask_documents else None
         objective = Objective(self.model, train.z_loss, eos_id, autocast_to(self.precision, self.device))

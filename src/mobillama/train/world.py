@@ -111,6 +111,8 @@ def join_world(device: str) -> Iterator[World]:
             raise
         reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
         said = f"the other processes do not answer ({reason}); look at what the first of them to end has said"
+        if rank and isinstance(error, dist.DistBackendError):
+            raise UsageError(f"process {rank}: {reason}") from None  # it may be its own device that failed
         raise UsageError(f"{said}, and run the same command again" if rank == 0 else "") from None
     finally:
         dist.destroy_process_group()

@@ -86,20 +86,13 @@ def transformers(config: ModelConfig, data: Any, args: argparse.Namespace, compi
 
     model = LlamaForCausalLM._from_config(stock_config(config), dtype=torch.float32).to(args.device)
     model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     if compiled:
         model.compile()
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss = model(ids[:, :-1], labels=ids[:, 1:], shift_labels=ids[:, 1:].contiguous()).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids[:, :-1], labels=ids[:, 1:], shift_labels=ids[:, 1:].contiguous()).loss
 
-    return _fed(step, data, args)
+    return _fed(_descent(model, loss_of), data, args)
 
 
 def litgpt(config: ModelConfig, data: Any, args: argparse.Namespace) -> Step:
@@ -121,19 +114,12 @@ def litgpt(config: ModelConfig, data: Any, args: argparse.Namespace) -> Step:
         "mlp_class_name": "LLaMAMLP",
     }
     model = GPT(Config(**shape)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled = torch.compile(model)
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss = chunked_cross_entropy(compiled(ids[:, :-1]), ids[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(compiled(ids[:, :-1]), ids[:, 1:])
 
-    return _fed(step, data, args)
+    return _fed(_descent(model, loss_of), data, args)
 
 
 def trainer(config: ModelConfig, data: Any, args: argparse.Namespace, compiled: bool) -> Step:
@@ -191,6 +177,24 @@ def trainer(config: ModelConfig, data: Any, args: argparse.Namespace, compiled: 
             with contextlib.suppress(queue.Empty):
                 return losses.get(timeout=1)
         raise running.error
+
+    return step
+
+
+def _descent(
+    model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a peer's step: bfloat16 autocast, clipping, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            loss = loss_of(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,54 @@ def test_a_run_on_cuda_learns_and_resumes_with_the_same_sequences(recipe_file, t
     series = [json.loads(line) for line in (tmp_path / "host" / "metrics.jsonl").read_text().splitlines()]
     on_host = [line["loss"] for line in series if line["kind"] == "step"]
     assert max(abs(a - b) for a, b in zip(losses, on_host, strict=True)) < 0.05
+
+
+FUSED = [
+    "--train.fused",
+    "true",
+    "--train.device",
+    "cuda",
+    "--train.precision",
+    "bfloat16",
+    "--train.micro_batch_size",
+    "2",
+]
+FUSED += ["--model.hidden_size", "128", "--model.intermediate_size", "192", "--model.num_attention_heads", "4"]
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("float8", ["false", "true"])
+def test_runs_with_fused_layers_learn_as_plain_ones(recipe_file, tmp_path, float8, recompute):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fused layers need a Hopper GPU")
+    pytest.importorskip("quack")
+    ways = {"plain": ["--train.fused", "false"], "fused": ["--train.activation_checkpointing", recompute]}
+    for name, options in ways.items():
+        options = [*FUSED, *options, "--train.steps", "40", "--run", str(tmp_path / name)]
+        options += ["--train.float8", float8] if name == "fused" else []
+        pretrain(load_recipe(PretrainRecipe, recipe_file, options), Silent())
+    plain, fused = losses_of(tmp_path / "plain"), losses_of(tmp_path / "fused")
+    assert fused[-1] < fused[0] - 0.5
+    assert fused == pytest.approx(plain, abs=0.1 if float8 == "true" else 0.05)
+
+
+@pytest.mark.parametrize("heads", ["4", "8"], ids=["flash-attn's heads", "cuDNN's heads"])
+def test_deterministic_fused_steps_repeat_to_the_bit(recipe_file, tmp_path, heads):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fused layers need a Hopper GPU")
+    pytest.importorskip("quack")
+    options = [*FUSED, "--train.deterministic", "true", "--model.num_attention_heads", heads]
+    try:
+        for name in ("once", "again"):
+            pretrain(load_recipe(PretrainRecipe, recipe_file, [*options, "--run", str(tmp_path / name)]), Silent())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses_of(tmp_path / "once") == losses_of(tmp_path / "again")
 
 
 def test_what_deterministic_steps_cost_and_how_mfu_is_computed_are_told(recipe_file):

@@ -129,13 +129,13 @@ def test_what_layers_share_is_gathered_and_reduced_once_a_step(recipe_file, tmp_
 
 
 def exact_shared_gradient(recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
-    """Return the first step's gradient as the float64 sum of the bfloat16 steps of separate, equal networks."""
+    """Return the first step's gradient as the float64 sum of the steps of separate, equal networks."""
     once = MobiLlama(recipe.model)
     initialise(once, recipe.model, recipe.seed)
     twin = MobiLlama(dataclasses.replace(recipe.model, share="none"))
     weights = once.state_dict()
     twin.load_state_dict({name: weights[re.sub(r"ffns\.\d+", "ffns.0", name)] for name in twin.state_dict()})
-    objective = Objective(twin, 0.0, None, autocast_to("bfloat16", torch.device("cpu")))
+    objective = Objective(twin, 0.0, None, autocast_to(recipe.train.precision, torch.device("cpu")))
     dataset, size, micro = Dataset(Path(recipe.data)), recipe.train.batch_size, recipe.train.micro_batch_size
     sums: dict[str, torch.Tensor] = {}
     for first in range(0, size, micro):
@@ -160,6 +160,19 @@ def test_the_shared_gradient_adds_up_in_float32_over_layers_micro_batches_and_pr
     assert found.keys() == exact.keys() and len(exact) == 3
     for name, gradient in exact.items():
         assert float((found[name].double() - gradient).norm() / gradient.norm()) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_fused_layers_give_the_same_gradient_over_micro_batches_and_processes(recipe_file, tmp_path, kind):
+    words = ["--train.precision", "float32", "--train.micro_batch_size", "2", "--optimizer.clip_norm", "0"]
+    exact = exact_shared_gradient(load_recipe(PretrainRecipe, recipe_file, words))
+    words += ["--train.parallelism", kind, "--train.fused", "true"]
+    done = launch(2, SCRIPTS / "shared_gradient.py", recipe_file, tmp_path / "gradient.safetensors", *words)
+    assert done.returncode == 0, done.stderr
+    assert "view tensor" not in done.stderr  # FSDP's warning of hooks that could be lost
+    found = load_file(tmp_path / "gradient.safetensors")
+    for name, gradient in exact.items():
+        assert float((found[name].double() - gradient).norm() / gradient.norm()) < 1e-5, name
 
 
 def test_a_fingerprint_tells_one_bit_and_two_swapped_numbers():

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import run_cli
 from mobillama.cli import main
+from mobillama.evaluate.results import read_result
 
 
 @pytest.fixture
@@ -87,3 +88,15 @@ def test_revisions_of_a_repository_as_the_hub_caches_it(small_model, benchmarks,
     assert (tmp_path / "evals" / "perplexity" / "org-small.png").is_file()
     missing = run_cli(*words, "--revisions", "ckpt_7", env=environment)
     assert missing.returncode == 2 and "org/small at ckpt_7: neither a directory here nor" in missing.stderr
+
+
+def test_another_limit_or_precision_is_another_directory(small_model, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    words = ["evaluate", str(small_model), "--suite", "perplexity", "--benchmarks", str(benchmarks)]
+    words += ["--out", str(tmp_path), "--device", "cpu"]
+    for more in ([], ["--limit", "2"], ["--limit", "2", "--precision", "float32"]):
+        assert main([*words, *more]) == 0
+    whole, limited, precise = sorted((tmp_path / "perplexity").iterdir())
+    assert limited.name == f"{whole.name}-limit-2" and precise.name == f"{whole.name}-limit-2-float32"
+    counts = [read_result(place)["benchmarks"]["LAMBADA"]["questions"] for place in (whole, limited)]
+    assert counts[0] > counts[1] == 2

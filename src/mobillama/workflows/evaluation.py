@@ -41,6 +41,12 @@ class Settings:
     device: str
     precision: str
 
+    def named(self, name: str) -> str:
+        """Return the name of a file or directory with what else than the default was asked for, as ``NAME-limit-2``."""
+        limit = f"-limit-{self.limit}" if self.limit else ""
+        precision = f"-{self.precision}" if self.precision != "auto" else ""
+        return f"{name}{limit}{precision}"
+
 
 def evaluate_models(
     names: list[str], revisions: list[str], settings: Settings, out: Path, baselines: bool, as_json: bool
@@ -60,10 +66,10 @@ def evaluate_models(
         wanted = [(names[0], revision) for revision in revisions] or wanted
         results = []
         for files, facts in [(find_model(name, revision), _facts(name, revision)) for name, revision in wanted]:
-            results.append(evaluator.evaluate(files, _directory(files, settings.suite, out), facts))
+            results.append(evaluator.evaluate(files, _directory(files, settings, out), facts))
         numbered = [r for r in results if r["status"] == "done" and r["model"].get("number") is not None]
         if len(numbered) > 1:
-            _draw_revisions(numbered, out / settings.suite / f"{_file_name(names[0])}.png")
+            _draw_revisions(numbered, out / settings.suite / f"{settings.named(_file_name(names[0]))}.png")
         floor = evaluate_baselines(evaluator.dataset, settings.limit) if baselines and evaluator.dataset else {}
     _show(settings.suite, results, floor, as_json)
 
@@ -87,28 +93,32 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, as_json: bool) -> 
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"{run}: no recipe.yaml there, so this is no run; --all-checkpoints takes a run directory")
     recipe = load_recipe(PretrainRecipe, run / "recipe.yaml")
+    picture = run / "evals" / f"{settings.named(settings.suite)}.png"
     results: dict[int, dict[str, Any]] = {}
     with progress() as show:
         evaluator = _evaluator(settings, settings.data or Path(recipe.data), show)
         for step, path in _checkpoints(run, recipe.train.steps, follow):
-            directory = run / "evals" / settings.suite / path.name
+            directory = run / "evals" / settings.suite / settings.named(path.name)
             facts = {"step": step, "tokens": step * _tokens_per_step(run)}
             try:
-                files = find_model(str(path / "model"))
-            except MobiLlamaError as error:
-                results[step] = record_failure(directory, str(path / "model"), facts, error)
-                continue
-            try:
-                results[step] = evaluator.evaluate(files, directory, facts)
+                results[step] = _evaluate(evaluator, path / "model", directory, facts)
             except UsageError as error:
                 note(f"passed over: {error}")
             done = [results[number] for number in sorted(results) if results[number]["status"] == "done"]
             if done:
-                draw_evaluations(done, run / "evals" / f"{settings.suite}.png", run)
+                draw_evaluations(done, picture, run)
     if not results:
         raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them")
-    note(f"picture: {run / 'evals' / f'{settings.suite}.png'}")
+    note(f"picture: {picture}")
     _show(settings.suite, [results[step] for step in sorted(results)], {}, as_json)
+
+
+def _evaluate(evaluator: Evaluator, model: Path, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    try:
+        files = find_model(str(model))
+    except MobiLlamaError as error:
+        return record_failure(directory, str(model), facts, error)
+    return evaluator.evaluate(files, directory, facts)
 
 
 def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
@@ -147,12 +157,12 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     return evaluator
 
 
-def _directory(files: ModelFiles, suite: str, out: Path) -> Path:
+def _directory(files: ModelFiles, settings: Settings, out: Path) -> Path:
     """Return where a model's evaluation is kept: beside its run's checkpoints, else in ``out``."""
     checkpoint = files.directory.resolve().parent
     if re.fullmatch(r"step-\d+", checkpoint.name) and checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent / "evals" / suite / checkpoint.name
-    return out / suite / f"{_file_name(files.name)}-{files.digest[:8]}"
+        return checkpoint.parent.parent / "evals" / settings.suite / settings.named(checkpoint.name)
+    return out / settings.suite / settings.named(f"{_file_name(files.name)}-{files.digest[:8]}")
 
 
 def _file_name(model: str) -> str:

@@ -136,7 +136,7 @@ def test_a_result_never_stands_beside_the_samples_of_another_evaluation(evaluato
     assert second in [read_result(place) for place in out.glob("earlier-*")]
 
 
-@pytest.mark.parametrize("fault", ["nan", "missing", "cut"])
+@pytest.mark.parametrize("fault", ["nan", "missing", "cut", "mute"])
 def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault):
     broken = tmp_path / "broken"
     shutil.copytree(small_model, broken)
@@ -147,11 +147,20 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     elif fault == "missing":
         del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, path)
+    if fault == "mute":
+        tokenizer = json.loads((broken / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+        (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:-9])
     result = evaluator().evaluate(find_model(str(broken)), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
-    said, code = {"nan": ("NaN", 5), "missing": ("q_proj", 4), "cut": ("damaged", 4)}[fault]
+    said, code = {
+        "nan": ("NaN", 5),
+        "missing": ("q_proj", 4),
+        "cut": ("damaged", 4),
+        "mute": (f"{broken / 'tokenizer.json'}: turns ", 2),
+    }[fault]
     assert said in result["error"] and result["exit_code"] == code
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobillama.data.dataset import Dataset
-from mobillama.errors import DivergedError, MobiLlamaError
+from mobillama.errors import DivergedError, MobiLlamaError, cause
 from mobillama.evaluate.heldout import evaluate_heldout
 from mobillama.evaluate.model import ModelFiles, load
 from mobillama.evaluate.results import FORMAT, RESULT_FILE, read_result
@@ -243,8 +243,7 @@ def _set_aside(directory: Path) -> None:
 def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, MobiLlamaError):
         return {"status": "failed", "error": str(error), "exit_code": error.exit_code}
-    reason = str(error).strip().splitlines() or [""]
-    return {"status": "failed", "error": f"{type(error).__name__}: {reason[0][:300]}", "exit_code": 3}
+    return {"status": "failed", "error": f"{type(error).__name__}: {cause(error)}", "exit_code": 3}
 
 
 def _write(directory: Path, found: dict[str, Any], started: float) -> dict[str, Any]:

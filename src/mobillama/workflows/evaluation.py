@@ -14,7 +14,8 @@ from typing import Any
 from mobillama.config import load_recipe
 from mobillama.console import note, progress, table
 from mobillama.data.dataset import Dataset
-from mobillama.errors import MobiLlamaError, UsageError
+from mobillama.directory import MODEL_TYPE
+from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.evaluate.heldout import evaluate_baselines
 from mobillama.evaluate.model import ModelFiles, find_model, list_revisions, number_of
 from mobillama.evaluate.run import Evaluator, record_failure
@@ -54,19 +55,31 @@ def evaluate_models(
     """Evaluate models, or revisions of one repository, and print their scores.
 
     Raises:
-        MobiLlamaError: a model is not there, or failed; the others are evaluated, and the record says why.
+        UsageError: a model is not there, or is none; all such are named at once, and nothing is evaluated.
+        MobiLlamaError: a model failed; the others are evaluated, and the record says why.
     """
     if revisions and len(names) != 1:
         raise UsageError("--revisions: belong to one repository; name one MODEL")
+    if revisions and Path(names[0]).exists():
+        raise UsageError(f"--revisions: belong to a repository of the hub, but {names[0]} is here; leave them out")
     if revisions == ["all"]:
         revisions = list_revisions(names[0])
+    _check_out(out)
+    wanted: list[tuple[str, str | None]] = [(name, None) for name in names]
+    wanted = [(names[0], revision) for revision in revisions] or wanted
+    found = _find_models(wanted)
+    if settings.data is not None:
+        _check_read_data([model for model in found if isinstance(model, ModelFiles)])
     with progress() as show:
         evaluator = _evaluator(settings, settings.data, show)
-        wanted: list[tuple[str, str | None]] = [(name, None) for name in names]
-        wanted = [(names[0], revision) for revision in revisions] or wanted
         results = []
-        for files, facts in [(find_model(name, revision), _facts(name, revision)) for name, revision in wanted]:
-            results.append(evaluator.evaluate(files, _directory(files, settings, out), facts))
+        for (name, revision), model in zip(wanted, found, strict=True):
+            facts = {"revision": revision, "number": number_of(revision)} if revision else {}
+            if isinstance(model, ModelFiles):
+                results.append(evaluator.evaluate(model, _directory(model, settings, out), facts))
+            else:
+                directory = out / settings.suite / settings.named(_file_name(name))
+                results.append(record_failure(directory, name, facts, model))
         numbered = [r for r in results if r["status"] == "done" and r["model"].get("number") is not None]
         if len(numbered) > 1:
             _draw_revisions(numbered, out / settings.suite / f"{settings.named(_file_name(names[0]))}.png")
@@ -121,6 +134,43 @@ def _evaluate(evaluator: Evaluator, model: Path, directory: Path, facts: dict[st
     return evaluator.evaluate(files, directory, facts)
 
 
+def _check_out(out: Path) -> None:
+    """Find out before hours of work whether results can be written."""
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--out: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out: {nearest} is not writable; name another directory")
+
+
+def _find_models(wanted: list[tuple[str, str | None]]) -> list[ModelFiles | CorruptDataError]:
+    """Return models, or what is wrong with their files; what is no model at all is raised, all of it at once."""
+    found: list[ModelFiles | CorruptDataError] = []
+    wrong = []
+    for name, revision in wanted:
+        try:
+            found.append(find_model(name, revision))
+        except CorruptDataError as error:
+            found.append(error)
+        except UsageError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        for each in wrong:
+            note(str(each))
+        raise UsageError(
+            f"{len(wrong)} of {len(wanted)} are no models to evaluate, so nothing was; mend or leave them out"
+        )
+    return found
+
+
+def _check_read_data(models: list[ModelFiles]) -> None:
+    others = [model.name for model in models if model.type != MODEL_TYPE]
+    if others:
+        raise UsageError(f"--data: reads only {MODEL_TYPE} models; leave it out for {', '.join(others)}")
+
+
 def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
     from mobillama.report.picture import draw_evaluations
 
@@ -145,6 +195,8 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     suite = find_suite(settings.suite)
     named = settings.benchmarks or os.environ.get(BENCHMARKS_VARIABLE)
     folder = Path(named) if named else None
+    if folder is not None and folder.is_file():
+        raise UsageError(f"--benchmarks: {folder} is a file; name the directory of the local copies")
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; name the local copies of the benchmarks with --benchmarks")
     dataset = Dataset(data) if data is not None and suite.name == "perplexity" else None
@@ -167,10 +219,6 @@ def _directory(files: ModelFiles, settings: Settings, out: Path) -> Path:
 
 def _file_name(model: str) -> str:
     return re.sub(r"[^\w.@-]+", "-", model).strip("-.")
-
-
-def _facts(name: str, revision: str | None) -> dict[str, Any]:
-    return {"revision": revision, "number": number_of(revision)} if revision else {}
 
 
 def _tokens_per_step(run: Path) -> int:

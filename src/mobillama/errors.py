@@ -7,6 +7,7 @@ resume · 130/143 killed by the user.
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -42,6 +43,12 @@ class Stopped(MobiLlamaError):
     """The run saved itself after a signal; the same command resumes it."""
 
     exit_code = 75
+
+
+def cause(error: Exception) -> str:
+    """Return the first line of another library's error, or its beginning up to a whole word, to stand in a message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 200, placeholder=" …")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

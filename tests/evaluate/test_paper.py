@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mobillama.cli import main
-from mobillama.evaluate.paper import TABLES, doubts, is_attainable
+from mobillama.evaluate.paper import QUESTIONS, TABLES, doubts, is_attainable
 
 
 def marked(number: int) -> dict[tuple[str, str], str]:
@@ -43,22 +43,38 @@ def test_every_share_is_attainable_rounded_and_cut(k):
 def test_our_rows_stand_in_the_table_and_only_whole_evaluations_do(tmp_path, capsys):
     columns = TABLES[3].columns
     result = {"format": "mobillama-evaluation-1", "status": "done", "model": {"name": "mine"}}
-    result |= {"key": {"suite": "paper", "limit": 0}, "benchmarks": {name: {"score": 12.345} for name in columns}}
-    path = tmp_path / "result.json"
+    scores = {name: {"score": 12.345, "questions": QUESTIONS[name]} for name in columns}
+    result |= {"key": {"suite": "paper", "limit": 0}, "benchmarks": scores}
+    path = tmp_path / "mine" / "result.json"
+    path.parent.mkdir()
     path.write_text(json.dumps(result))
     assert main(["table", "3", "--ours", str(path)]) == 0
     shown = capsys.readouterr()
     assert "ours: mine" in shown.out and shown.out.count("12.35") + shown.out.count("12.34") == 10
     assert "13 of 13 averages" in shown.err
     for change, said in (
-        ({"key": {"suite": "quick", "limit": 0}}, "was evaluated in suite quick"),
-        ({"key": {"suite": "paper", "limit": 9}}, "9 questions of each task"),
+        ({"key": {"suite": "quick", "limit": 0}}, "evaluated in suite quick; evaluate it with --suite paper"),
+        ({"key": {"suite": "paper", "limit": 1}}, "evaluated with --limit 1; evaluate again without it"),
+        (
+            {"benchmarks": scores | {"PIQA": {"score": 50.0, "questions": 9}}},
+            "answered 9 questions of PIQA, which has 1,838",
+        ),
         ({"status": "failed"}, "failed; run it again"),
     ):
         path.write_text(json.dumps({**result, **change}))
-        assert main(["table", "3", "--ours", str(tmp_path)]) == 2
+        assert main(["table", "3", "--ours", str(path.parent)]) == 2
         assert said in capsys.readouterr().err
     path.write_text('{"format": ')
-    assert main(["table", "3", "--ours", str(tmp_path)]) == 2
-    assert "holds no whole result.json" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name, said in (
+        ("mine", "its result.json is damaged or cut short"),
+        ("model", "is a model; evaluate it with --suite paper"),
+        ("no", "no such directory"),
+        ("empty", "holds no result.json"),
+        (".", "holds evaluations, but is none itself; name them: mine"),
+    ):
+        assert main(["table", "3", "--ours", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
     assert main(["table", "4"]) == 2

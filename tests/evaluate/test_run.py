@@ -24,7 +24,7 @@ from mobillama.errors import UsageError
 from mobillama.evaluate.model import find_model
 from mobillama.evaluate.requests import SEED, load_tasks
 from mobillama.evaluate.results import read_result
-from mobillama.evaluate.run import Evaluator
+from mobillama.evaluate.run import Evaluator, record_failure
 from mobillama.evaluate.suites import SUITES, find_suite
 
 SMALL = replace(
@@ -116,7 +116,27 @@ def test_a_half_written_result_does_not_count(evaluator, small_model, tmp_path):
     assert 0 < again["sequences_scored"] < first["sequences_scored"]
 
 
-@pytest.mark.parametrize("fault", ["nan", "missing", "cut"])
+def test_a_result_never_stands_beside_the_samples_of_another_evaluation(evaluator, small_model, tmp_path, monkeypatch):
+    files, out = find_model(str(small_model)), tmp_path / "out"
+    first = evaluator().evaluate(files, out, {})
+    samples = (out / "samples.jsonl").read_bytes()
+
+    def killed(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "_answer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluator(limit=2).evaluate(files, out, {})
+    assert not (out / "result.json").exists() and len((out / "samples.jsonl").read_text().splitlines()) == 1
+    (earlier,) = out.glob("earlier-*")
+    assert read_result(earlier) == first and (earlier / "samples.jsonl").read_bytes() == samples
+    second = evaluator(limit=2).evaluate(files, out, {})
+    assert record_failure(out, "gone", {}, UsageError("gone"))["status"] == "failed"
+    assert second in [read_result(place) for place in out.glob("earlier-*")]
+
+
+@pytest.mark.parametrize("fault", ["nan", "missing", "cut", "mute"])
 def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault):
     broken = tmp_path / "broken"
     shutil.copytree(small_model, broken)
@@ -127,11 +147,20 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     elif fault == "missing":
         del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, path)
+    if fault == "mute":
+        tokenizer = json.loads((broken / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+        (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:-9])
     result = evaluator().evaluate(find_model(str(broken)), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
-    said, code = {"nan": ("NaN", 5), "missing": ("q_proj", 4), "cut": ("damaged", 4)}[fault]
+    said, code = {
+        "nan": ("NaN", 5),
+        "missing": ("q_proj", 4),
+        "cut": ("damaged", 4),
+        "mute": (f"{broken / 'tokenizer.json'}: turns ", 2),
+    }[fault]
     assert said in result["error"] and result["exit_code"] == code
 
 

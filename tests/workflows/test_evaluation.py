@@ -10,6 +10,7 @@ import pytest
 
 from conftest import run_cli
 from mobillama.cli import main
+from mobillama.evaluate.results import read_result
 
 
 @pytest.fixture
@@ -54,6 +55,9 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
         (["--suite", "quick", "--follow"], "--follow: goes with --all-checkpoints"),
         (["--suite", "perplexity", "--baselines"], "--baselines: are computed on a hold-out"),
         (["--suite", "quick", "--all-checkpoints"], "no recipe.yaml there"),
+        (["--suite", "quick", "--revisions", "ckpt_7"], "--revisions: belong to a repository of the hub, but"),
+        (["--suite", "quick", "--out", __file__], f"--out: {__file__} is a file"),
+        (["--suite", "quick", "--benchmarks", __file__], f"--benchmarks: {__file__} is a file"),
     ],
 )
 def test_wrong_use_exits_2(small_model, words, said, capsys):
@@ -61,12 +65,29 @@ def test_wrong_use_exits_2(small_model, words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_models_that_are_not_there_exit_2(small_model, benchmarks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
-    words = ["--suite", "perplexity", "--benchmarks", str(benchmarks)]
-    for name, said in ((tmp_path / "no", "no such directory"), (benchmarks, "no config.json")):
-        assert main(["evaluate", str(name), *words]) == 2
-        assert said in capsys.readouterr().err
+def test_all_that_is_no_model_is_named_before_anything_is_loaded(small_model, benchmarks, tmp_path, capsys):
+    bare, mute = tmp_path / "bare", tmp_path / "mute"
+    for directory, lacking in ((bare, "*.safetensors"), (mute, "tokenizer.*")):
+        shutil.copytree(small_model, directory, ignore=shutil.ignore_patterns(lacking))
+    file = small_model / "config.json"
+    wrong = {tmp_path / "no": "no such directory", benchmarks: "no config.json", file: "is a file"}
+    wrong |= {bare: "holds no weights", mute: "no tokenizer there (tokenizer.json or tokenizer.model)"}
+    names = [str(name) for name in (small_model, *wrong)]
+    assert main(["evaluate", *names, "--suite", "perplexity", "--out", str(tmp_path / "evals")]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("mobillama: 5 of 6 are no models to evaluate, so nothing was; mend or leave them out\n")
+    assert all(f"{name}: {reason}" in said for name, reason in wrong.items())
+    assert not (tmp_path / "evals").exists()
+
+
+def test_the_hold_out_is_refused_to_other_architectures_before_anything_runs(small_model, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(small_model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    words = ["--suite", "perplexity", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "evals")]
+    assert main(["evaluate", str(small_model), str(other), *words]) == 2
+    assert f"--data: reads only mobillama models; leave it out for {other}" in capsys.readouterr().err
 
 
 def test_revisions_of_a_repository_as_the_hub_caches_it(small_model, benchmarks, tmp_path, environment):
@@ -87,3 +108,15 @@ def test_revisions_of_a_repository_as_the_hub_caches_it(small_model, benchmarks,
     assert (tmp_path / "evals" / "perplexity" / "org-small.png").is_file()
     missing = run_cli(*words, "--revisions", "ckpt_7", env=environment)
     assert missing.returncode == 2 and "org/small at ckpt_7: neither a directory here nor" in missing.stderr
+
+
+def test_another_limit_or_precision_is_another_directory(small_model, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    words = ["evaluate", str(small_model), "--suite", "perplexity", "--benchmarks", str(benchmarks)]
+    words += ["--out", str(tmp_path), "--device", "cpu"]
+    for more in ([], ["--limit", "2"], ["--limit", "2", "--precision", "float32"]):
+        assert main([*words, *more]) == 0
+    whole, limited, precise = sorted((tmp_path / "perplexity").iterdir())
+    assert limited.name == f"{whole.name}-limit-2" and precise.name == f"{whole.name}-limit-2-float32"
+    counts = [read_result(place)["benchmarks"]["LAMBADA"]["questions"] for place in (whole, limited)]
+    assert counts[0] > counts[1] == 2

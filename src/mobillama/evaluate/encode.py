@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,13 @@ class TextTokenizer:
             )
         return int(prefix)
 
+    @property
+    def file(self) -> Path:
+        """The file of its vocabulary, or the directory where that goes by another name."""
+        directory = Path(self.tokenizer.name_or_path)
+        files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+        return next((file for file in files if file.is_file()), directory)
+
     def ids(self, texts: list[str], special_tokens: bool | None = None) -> list[NDArray[np.int32]]:
         """Return the ids of texts."""
         added = self.special_tokens if special_tokens is None else special_tokens
@@ -84,7 +93,10 @@ def encode(tokenizer: TextTokenizer, contexts: list[str], continuations: list[st
     """
     prefix = np.array([tokenizer.prefix], np.int32)
     if rolling:
-        return _encoded([prefix], [0] * len(continuations), tokenizer.ids(continuations), rolling)
+        texts = tokenizer.ids(continuations)
+        if empty := [text for text, ids in zip(continuations, texts, strict=True) if text and not len(ids)]:
+            raise _no_tokens(tokenizer, empty[0])
+        return _encoded([prefix], [0] * len(continuations), texts, rolling)
     places: dict[str, int] = {}
     context_of = [places.setdefault(context.rstrip(), len(places)) for context in contexts]
     heads = tokenizer.ids(list(places))
@@ -100,9 +112,15 @@ def encode(tokenizer: TextTokenizer, contexts: list[str], continuations: list[st
         for context, continuation, head in block:
             part = next(behind)[len(heads[head]) :] if context else _without(prefix, next(alone))
             if not len(part):
-                raise UsageError(f"{continuation!r}: is no token of its own behind its context; use another tokenizer")
+                raise _no_tokens(tokenizer, continuation)
             parts.append(part)
     return _encoded(heads, context_of, parts, rolling)
+
+
+def _no_tokens(tokenizer: TextTokenizer, text: str) -> UsageError:
+    return UsageError(
+        f"{tokenizer.file}: turns {textwrap.shorten(text, 40)!r} into no token of its own; copy the model's own tokenizer there"
+    )
 
 
 def _without(prefix: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -15,11 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
 from mobillama.directory import CONFIG_FILE, verify_in_checkpoint
-from mobillama.errors import CorruptDataError, UsageError
-from mobillama.record.files import sha256_file, sha256_json
+from mobillama.errors import CorruptDataError, UsageError, cause
+from mobillama.record.files import read_json, sha256_file, sha256_json
 
 _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
+_VOCABULARIES = ("tokenizer.", "vocab")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class ModelFiles:
         return sha256_json(self.sha256)
 
     @property
+    def type(self) -> str:
+        """The architecture, as transformers calls it."""
+        return str(read_json(self.directory / CONFIG_FILE).get("model_type"))
+
+    @property
     def tokenizer_digest(self) -> str:
         """Names the tokenizer."""
         return sha256_json({k: v for k, v in self.sha256.items() if k.startswith(_TOKENIZER_FILES)})
@@ -49,10 +55,12 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
     Every file is hashed; those of a checkpoint are compared with its manifest.
 
     Raises:
-        UsageError: there is no such directory or repository, or it holds no model.
+        UsageError: there is no such directory or repository, or it holds no model, or one without its tokenizer.
         CorruptDataError: a file of a checkpoint is not as it was written.
     """
     directory = Path(name)
+    if directory.is_file():
+        raise UsageError(f"{name}: is a file; name the model directory that holds it")
     if not directory.is_dir():
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
             raise UsageError(f"{name}: no such directory; name a model directory or a repository of the hub")
@@ -66,6 +74,8 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
     files = sorted(path for kind in (*_KINDS, "*.bin") for path in directory.glob(kind))
     if not any(path.suffix in (".safetensors", ".bin") for path in files):
         raise UsageError(f"{directory}: holds no weights; copy the model's safetensors files there")
+    if not any(path.name.startswith(_VOCABULARIES) or path.suffix == ".model" for path in files):
+        raise UsageError(f"{directory}: no tokenizer there (tokenizer.json or tokenizer.model); copy the model's own")
     return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
 
 
@@ -75,9 +85,9 @@ def _fetch(name: str, revision: str | None) -> Path:
         if not any(directory.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise UsageError(
-            f"{name}{f' at {revision}' if revision else ''}: neither a directory here nor to be had from the hub ({reason}); "
+            f"{name}{f' at {revision}' if revision else ''}: neither a directory here nor to be had from the hub "
+            f"({cause(error)}); "
             "check the name, or go online"
         ) from None
     return directory
@@ -92,7 +102,7 @@ def list_revisions(name: str) -> list[str]:
     try:
         branches = [ref.name for ref in HfApi().list_repo_refs(name).branches]
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UsageError(f"{name}: the hub lists no revisions of it ({str(error).splitlines()[0][:200]})") from None
+        raise UsageError(f"{name}: the hub lists no revisions of it ({cause(error)})") from None
     numbered = [(number_of(branch), branch) for branch in branches]
     return [branch for number, branch in sorted((n, b) for n, b in numbered if n is not None)]
 
@@ -116,10 +126,9 @@ def load(files: ModelFiles, device: torch.device) -> tuple[Any, Any]:
         auto: Any = AutoModelForCausalLM
         model, loading = auto.from_pretrained(files.directory, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UsageError(f"{files.name}: transformers does not load it ({reason}); mend the directory") from None
+        raise UsageError(f"{files.name}: transformers does not load it ({cause(error)}); mend the directory") from None
     except Exception as error:  # safetensors, torch and json each have their own
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        reason = f"{type(error).__name__}: {cause(error)}"
         raise CorruptDataError(f"{files.name}: damaged ({reason}); restore it from a copy") from None
     if loading["missing_keys"]:  # transformers would draw them at random
         missing = ", ".join(sorted(loading["missing_keys"])[:3])

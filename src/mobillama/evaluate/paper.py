@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobillama.errors import UsageError
-from mobillama.evaluate.results import RESULT_FILE
 
 NINE = ("HellaSwag", "TruthfulQA", "MMLU", "ARC-C", "CrowS-Pairs", "PIQA", "RACE", "SIQA", "WinoGrande")
 
@@ -107,8 +106,14 @@ large-base | 1.2B | 62.99 35.90 24.79 34.55 68.49 75.57 35.31 41.96 62.03 49.06
         (_CROWS,),
     ),
 }
-# Questions, and what guessing reaches; accuracies over one set of questions are multiples of 1 / questions.
-QUESTIONS = {"HellaSwag": 10042, "ARC-C": 1172, "PIQA": 1838, "RACE": 1045, "SIQA": 1954, "WinoGrande": 1267}
+# Questions, and what guessing reaches. Accuracies over one set of questions are multiples of 1 / questions; means over several
+# sets, or of probabilities, are not.
+QUESTIONS = {"HellaSwag": 10042, "ARC-C": 1172, "PIQA": 1838, "RACE": 1045, "SIQA": 1954, "WinoGrande": 1267} | {
+    "TruthfulQA": 817,
+    "MMLU": 14042,
+    "CrowS-Pairs": 1677,
+}
+_MEANS = ("TruthfulQA", "MMLU", "CrowS-Pairs")
 CHANCE = {
     "HellaSwag": 25.0,
     "MMLU": 25.0,
@@ -147,12 +152,12 @@ def doubts(table: PaperTable, row: Row) -> dict[str, str]:
 
 
 def _doubt(column: str, score: float) -> str:
-    count, chance = QUESTIONS.get(column, 14042), CHANCE.get(column)
+    count, chance = QUESTIONS[column], CHANCE.get(column)
     if chance is not None:
         error = math.sqrt(chance * (100 - chance) / count)
         if score < chance - _ERRORS_BELOW * error:
             return f"below chance: {chance:.4g} ± {error:.2f} is guessing, this is {(chance - score) / error:.1f} errors less"
-    if column in QUESTIONS and not is_attainable(score, count):
+    if column not in _MEANS and not is_attainable(score, count):
         return f"not attainable: no k of {count:,} questions gives it, rounded or truncated"
     return ""
 
@@ -179,10 +184,16 @@ def our_row(table: PaperTable, result: dict[str, Any]) -> list[float]:
     if result["status"] != "done":
         raise UsageError(f"--ours: the evaluation of {name} failed; run it again")
     key = result["key"]
-    if key["suite"] != "paper" or key["limit"]:
-        part = f", {key['limit']} questions of each task" if key["limit"] else ""
-        raise UsageError(
-            f"--ours: {name} was evaluated in suite {key['suite']}{part}; beside the paper stands --suite paper ({RESULT_FILE})"
-        )
+    if key["suite"] != "paper":
+        raise UsageError(f"--ours: {name}: evaluated in suite {key['suite']}; evaluate it with --suite paper")
+    if key["limit"]:
+        raise UsageError(f"--ours: {name}: evaluated with --limit {key['limit']}; evaluate again without it")
+    for column in table.columns:
+        asked = result["benchmarks"][column]["questions"]
+        if asked != QUESTIONS[column]:
+            raise UsageError(
+                f"--ours: {name}: answered {asked:,} questions of {column}, which has {QUESTIONS[column]:,}; "
+                "evaluate again on the whole data set"
+            )
     scores = [result["benchmarks"][column]["score"] for column in table.columns]
     return [*scores, sum(scores) / len(scores)]

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lm_eval.api.task import ConfigurableTask
 
-from mobillama.errors import UsageError
+from mobillama.errors import UsageError, cause
 from mobillama.evaluate.encode import Encoded, TextTokenizer, encode
 from mobillama.evaluate.suites import Benchmark, Suite, task_config
 from mobillama.record.files import replaced_file, sha256_bytes, sha256_json
@@ -92,7 +92,7 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             place = folder / benchmark.data if folder else f"the hub's data set '{benchmark.data}'"
             remedy = "complete the copy" if folder else "go online, or name a directory of copies with --benchmarks"
-            raise UsageError(f"{place}: {str(error).splitlines()[0][:200]}; {remedy}") from None
+            raise UsageError(f"{place}: {cause(error)}; {remedy}") from None
         loaded.append(_with_requests(benchmark, task, config, cache, limit))
     progress("load benchmarks", len(wanted), len(wanted))
     return loaded

@@ -1,7 +1,8 @@
 """One suite, any number of models: what they share is made once; each evaluation is a directory that is done, or goes on.
 
 ``DIRECTORY/result.json`` is written last and at once, with ``"status": "done"`` or ``"failed"`` and the error. What is done is
-not done again as long as model, questions and precision are the same; what failed is tried again.
+not done again as long as model, questions and precision are the same; else it moves to ``DIRECTORY/earlier-KEY``. What failed
+is tried again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobillama.data.dataset import Dataset
-from mobillama.errors import DivergedError, MobiLlamaError
+from mobillama.errors import DivergedError, MobiLlamaError, cause
 from mobillama.evaluate.heldout import evaluate_heldout
 from mobillama.evaluate.model import ModelFiles, load
 from mobillama.evaluate.results import FORMAT, RESULT_FILE, read_result
@@ -104,6 +105,7 @@ class Evaluator:
             known = read_result(directory)
             if known and known["status"] == "done" and known["key"] == key:
                 return known
+            _set_aside(directory)
             model = {"name": files.name, "sha256": files.sha256, **facts}
             started = time.perf_counter()
             try:
@@ -210,16 +212,38 @@ class Evaluator:
 
 
 def record_failure(directory: Path, name: str, facts: dict[str, Any], error: Exception) -> dict[str, Any]:
-    """Write that a model could not even be opened, and return that result."""
+    """Write that a model could not even be opened, and return that result.
+
+    Raises:
+        UsageError: another process evaluates into the directory.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    return _write(directory, {"key": None, "model": {"name": name, **facts}, **_failure(error)}, time.perf_counter())
+    with locked(directory, "an evaluation"):
+        _set_aside(directory)
+        found = {"key": None, "model": {"name": name, **facts}, **_failure(error)}
+        return _write(directory, found, time.perf_counter())
+
+
+def _set_aside(directory: Path) -> None:
+    """Move what is done in a directory, and not wanted now, into one of its own below; remove a record of a failure.
+
+    So no result ever stands beside the samples of another evaluation.
+    """
+    known = read_result(directory)
+    if known and known["status"] == "done":
+        earlier = directory / f"earlier-{sha256_json(known['key'])[:8]}"
+        earlier.mkdir(exist_ok=True)
+        # The result moves last: killed in between, it still says that this is to be done again.
+        for name in (SAMPLES_FILE, RESULT_FILE):
+            if (directory / name).is_file():
+                (directory / name).replace(earlier / name)
+    (directory / RESULT_FILE).unlink(missing_ok=True)
 
 
 def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, MobiLlamaError):
         return {"status": "failed", "error": str(error), "exit_code": error.exit_code}
-    reason = str(error).strip().splitlines() or [""]
-    return {"status": "failed", "error": f"{type(error).__name__}: {reason[0][:300]}", "exit_code": 3}
+    return {"status": "failed", "error": f"{type(error).__name__}: {cause(error)}", "exit_code": 3}
 
 
 def _write(directory: Path, found: dict[str, Any], started: float) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from mobillama.config import load_recipe
 from mobillama.console import note, progress, table
 from mobillama.data.dataset import Dataset
-from mobillama.errors import MobiLlamaError, UsageError
+from mobillama.directory import MODEL_TYPE
+from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.evaluate.heldout import evaluate_baselines
 from mobillama.evaluate.model import ModelFiles, find_model, list_revisions, number_of
 from mobillama.evaluate.run import Evaluator, record_failure
@@ -41,6 +42,12 @@ class Settings:
     device: str
     precision: str
 
+    def named(self, name: str) -> str:
+        """Return the name of a file or directory with what else than the default was asked for, as ``NAME-limit-2``."""
+        limit = f"-limit-{self.limit}" if self.limit else ""
+        precision = f"-{self.precision}" if self.precision != "auto" else ""
+        return f"{name}{limit}{precision}"
+
 
 def evaluate_models(
     names: list[str], revisions: list[str], settings: Settings, out: Path, baselines: bool, as_json: bool
@@ -48,22 +55,34 @@ def evaluate_models(
     """Evaluate models, or revisions of one repository, and print their scores.
 
     Raises:
-        MobiLlamaError: a model is not there, or failed; the others are evaluated, and the record says why.
+        UsageError: a model is not there, or is none; all such are named at once, and nothing is evaluated.
+        MobiLlamaError: a model failed; the others are evaluated, and the record says why.
     """
     if revisions and len(names) != 1:
         raise UsageError("--revisions: belong to one repository; name one MODEL")
+    if revisions and Path(names[0]).exists():
+        raise UsageError(f"--revisions: belong to a repository of the hub, but {names[0]} is here; leave them out")
     if revisions == ["all"]:
         revisions = list_revisions(names[0])
+    _check_out(out)
+    wanted: list[tuple[str, str | None]] = [(name, None) for name in names]
+    wanted = [(names[0], revision) for revision in revisions] or wanted
+    found = _find_models(wanted)
+    if settings.data is not None:
+        _check_read_data([model for model in found if isinstance(model, ModelFiles)])
     with progress() as show:
         evaluator = _evaluator(settings, settings.data, show)
-        wanted: list[tuple[str, str | None]] = [(name, None) for name in names]
-        wanted = [(names[0], revision) for revision in revisions] or wanted
         results = []
-        for files, facts in [(find_model(name, revision), _facts(name, revision)) for name, revision in wanted]:
-            results.append(evaluator.evaluate(files, _directory(files, settings.suite, out), facts))
+        for (name, revision), model in zip(wanted, found, strict=True):
+            facts = {"revision": revision, "number": number_of(revision)} if revision else {}
+            if isinstance(model, ModelFiles):
+                results.append(evaluator.evaluate(model, _directory(model, settings, out), facts))
+            else:
+                directory = out / settings.suite / settings.named(_file_name(name))
+                results.append(record_failure(directory, name, facts, model))
         numbered = [r for r in results if r["status"] == "done" and r["model"].get("number") is not None]
         if len(numbered) > 1:
-            _draw_revisions(numbered, out / settings.suite / f"{_file_name(names[0])}.png")
+            _draw_revisions(numbered, out / settings.suite / f"{settings.named(_file_name(names[0]))}.png")
         floor = evaluate_baselines(evaluator.dataset, settings.limit) if baselines and evaluator.dataset else {}
     _show(settings.suite, results, floor, as_json)
 
@@ -87,28 +106,69 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, as_json: bool) -> 
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"{run}: no recipe.yaml there, so this is no run; --all-checkpoints takes a run directory")
     recipe = load_recipe(PretrainRecipe, run / "recipe.yaml")
+    picture = run / "evals" / f"{settings.named(settings.suite)}.png"
     results: dict[int, dict[str, Any]] = {}
     with progress() as show:
         evaluator = _evaluator(settings, settings.data or Path(recipe.data), show)
         for step, path in _checkpoints(run, recipe.train.steps, follow):
-            directory = run / "evals" / settings.suite / path.name
+            directory = run / "evals" / settings.suite / settings.named(path.name)
             facts = {"step": step, "tokens": step * _tokens_per_step(run)}
             try:
-                files = find_model(str(path / "model"))
-            except MobiLlamaError as error:
-                results[step] = record_failure(directory, str(path / "model"), facts, error)
-                continue
-            try:
-                results[step] = evaluator.evaluate(files, directory, facts)
+                results[step] = _evaluate(evaluator, path / "model", directory, facts)
             except UsageError as error:
                 note(f"passed over: {error}")
             done = [results[number] for number in sorted(results) if results[number]["status"] == "done"]
             if done:
-                draw_evaluations(done, run / "evals" / f"{settings.suite}.png", run)
+                draw_evaluations(done, picture, run)
     if not results:
         raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them")
-    note(f"picture: {run / 'evals' / f'{settings.suite}.png'}")
+    note(f"picture: {picture}")
     _show(settings.suite, [results[step] for step in sorted(results)], {}, as_json)
+
+
+def _evaluate(evaluator: Evaluator, model: Path, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    try:
+        files = find_model(str(model))
+    except MobiLlamaError as error:
+        return record_failure(directory, str(model), facts, error)
+    return evaluator.evaluate(files, directory, facts)
+
+
+def _check_out(out: Path) -> None:
+    """Find out before hours of work whether results can be written."""
+    nearest = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--out: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out: {nearest} is not writable; name another directory")
+
+
+def _find_models(wanted: list[tuple[str, str | None]]) -> list[ModelFiles | CorruptDataError]:
+    """Return models, or what is wrong with their files; what is no model at all is raised, all of it at once."""
+    found: list[ModelFiles | CorruptDataError] = []
+    wrong = []
+    for name, revision in wanted:
+        try:
+            found.append(find_model(name, revision))
+        except CorruptDataError as error:
+            found.append(error)
+        except UsageError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        for each in wrong:
+            note(str(each))
+        raise UsageError(
+            f"{len(wrong)} of {len(wanted)} are no models to evaluate, so nothing was; mend or leave them out"
+        )
+    return found
+
+
+def _check_read_data(models: list[ModelFiles]) -> None:
+    others = [model.name for model in models if model.type != MODEL_TYPE]
+    if others:
+        raise UsageError(f"--data: reads only {MODEL_TYPE} models; leave it out for {', '.join(others)}")
 
 
 def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
@@ -135,6 +195,8 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     suite = find_suite(settings.suite)
     named = settings.benchmarks or os.environ.get(BENCHMARKS_VARIABLE)
     folder = Path(named) if named else None
+    if folder is not None and folder.is_file():
+        raise UsageError(f"--benchmarks: {folder} is a file; name the directory of the local copies")
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; name the local copies of the benchmarks with --benchmarks")
     dataset = Dataset(data) if data is not None and suite.name == "perplexity" else None
@@ -147,20 +209,16 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     return evaluator
 
 
-def _directory(files: ModelFiles, suite: str, out: Path) -> Path:
+def _directory(files: ModelFiles, settings: Settings, out: Path) -> Path:
     """Return where a model's evaluation is kept: beside its run's checkpoints, else in ``out``."""
     checkpoint = files.directory.resolve().parent
     if re.fullmatch(r"step-\d+", checkpoint.name) and checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent / "evals" / suite / checkpoint.name
-    return out / suite / f"{_file_name(files.name)}-{files.digest[:8]}"
+        return checkpoint.parent.parent / "evals" / settings.suite / settings.named(checkpoint.name)
+    return out / settings.suite / settings.named(f"{_file_name(files.name)}-{files.digest[:8]}")
 
 
 def _file_name(model: str) -> str:
     return re.sub(r"[^\w.@-]+", "-", model).strip("-.")
-
-
-def _facts(name: str, revision: str | None) -> dict[str, Any]:
-    return {"revision": revision, "number": number_of(revision)} if revision else {}
 
 
 def _tokens_per_step(run: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mobillama.console import note, table
 from mobillama.errors import UsageError
@@ -35,10 +36,7 @@ def show_table(number: int, ours: list[Path]) -> None:
         values = zip(columns, [*row.scores, row.average], strict=True)
         rows.append((row.name, row.size, *(f"{v:.2f}" + (mark(found[c]) if c in found else "") for c, v in values)))
     for place in ours:
-        directory = place.parent if place.name == RESULT_FILE else place
-        result = read_result(directory)
-        if result is None:
-            raise UsageError(f"--ours: {directory}: holds no whole {RESULT_FILE}; name a directory below evals/")
+        result = _our_result(place.parent if place.name == RESULT_FILE else place)
         rows.append((f"ours: {result['model']['name']}", "", *(f"{value:.2f}" for value in our_row(paper, result))))
     table(paper.title, ["model", "size", *columns], rows)
     agreeing = sum("average" not in doubts(paper, row) for row in paper.rows)
@@ -47,3 +45,21 @@ def show_table(number: int, ours: list[Path]) -> None:
         note(f"[{index}] {reason}")
     for remark in paper.remarks:
         note(f"also: {remark}")
+
+
+def _our_result(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "no such directory"
+        raise UsageError(f"--ours: {directory}: {what}; name a directory below evals/paper")
+    if result := read_result(directory):
+        return result
+    if (directory / RESULT_FILE).is_file():
+        raise UsageError(f"--ours: {directory}: its {RESULT_FILE} is damaged or cut short; evaluate again")
+    if (directory / "config.json").is_file():
+        raise UsageError(
+            f"--ours: {directory}: is a model; evaluate it with --suite paper and name the directory of that"
+        )
+    inside = [str(path.parent.relative_to(directory)) for path in sorted(directory.rglob(RESULT_FILE))]
+    if inside:
+        raise UsageError(f"--ours: {directory}: holds evaluations, but is none itself; name them: {', '.join(inside)}")
+    raise UsageError(f"--ours: {directory}: holds no {RESULT_FILE}; name a directory below evals/paper")

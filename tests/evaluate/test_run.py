@@ -203,6 +203,7 @@ def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
     assert result["status"] == "done", result
     assert [facts["tasks"] for facts in result["benchmarks"].values()] == [1, 1, 57, 1, 10, 1, 1, 1, 1]
     assert len(result["tasks"]) == 74 and result["truncated"]["contexts"] > 0
+    assert result["benchmarks"]["TruthfulQA"]["metric"] == "mc2"
     shots = {name: facts["shots"] for name, facts in result["benchmarks"].items() if facts["shots"]}
     assert shots == {"HellaSwag": 10, "MMLU": 5, "ARC-C": 25, "WinoGrande": 5}
     tasks = {task.name: task for task in evaluator.tasks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -35,15 +36,17 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
     weights = run / "checkpoints" / "step-000008" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     (run / "evals" / "perplexity" / "step-000008" / "result.json").unlink()
+    (run / "checkpoints" / "step-000010").mkdir()
     again = run_cli(*words, env=environment)
     assert again.returncode == 4 and "sha256 differs from its manifest" in again.stderr
+    assert "step 10: no manifest.json, passed over" in again.stderr
     found = json.loads(again.stdout)["results"]
     assert [r["status"] for r in found] == ["done", "failed", "done"]
     assert [found[0], found[2]] == [results[0], results[2]]  # what is done is not done again
     people = run_cli(
         "evaluate", run, "--suite", "perplexity", "--benchmarks", benchmarks, "--all-checkpoints", env=environment
     )
-    assert "WikiText-2" in people.stdout and "failed" in people.stderr
+    assert re.search(r"WikiText-2 \(\d+\)", people.stdout) and people.stderr.endswith("mobillama: 1 of 3 failed\n")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,12 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
 def test_wrong_use_exits_2(small_model, words, said, capsys):
     assert main(["evaluate", str(small_model), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_limit_0_exits_2(small_model, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(small_model), "--suite", "quick", "--limit", "0"])
+    assert "--limit: '0' is no whole number from 1 on" in capsys.readouterr().err
 
 
 def test_all_that_is_no_model_is_named_before_anything_is_loaded(small_model, benchmarks, tmp_path, capsys):
@@ -120,3 +129,21 @@ def test_another_limit_or_precision_is_another_directory(small_model, benchmarks
     assert limited.name == f"{whole.name}-limit-2" and precise.name == f"{whole.name}-limit-2-float32"
     counts = [read_result(place)["benchmarks"]["LAMBADA"]["questions"] for place in (whole, limited)]
     assert counts[0] > counts[1] == 2
+
+
+def test_the_greatest_exit_code_of_several_failures_and_the_table_of_the_rest(
+    small_model, benchmarks, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    cut, alien = tmp_path / "cut", tmp_path / "alien"
+    for directory in (alien, cut):
+        shutil.copytree(small_model, directory)
+    (alien / "config.json").write_text('{"model_type": "alien"}')
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    words = ["--suite", "perplexity", "--benchmarks", str(benchmarks), "--limit", "2", "--out", str(tmp_path / "evals")]
+    assert main(["evaluate", str(alien), str(small_model), str(cut), *words]) == 4
+    shown = capsys.readouterr()
+    assert f"{alien}: failed: " in shown.err and f"{cut}: failed: " in shown.err
+    assert shown.err.endswith("mobillama: 2 of 3 failed\n")
+    assert "perplexity, only --limit 2: " in shown.out and "questions" in shown.out

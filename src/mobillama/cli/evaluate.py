@@ -32,7 +32,11 @@ def add(verbs: Verbs) -> None:
         "--revisions", nargs="+", default=[], metavar="NAME", help="of the repository MODEL, e.g. ckpt_100; or all"
     )
     verb.add_argument(
-        "--limit", type=at_least(0), default=0, help="questions of each task, sequences of each source (default: all)"
+        "--limit",
+        type=at_least(1),
+        default=0,
+        metavar="N",
+        help="questions of each task, sequences of each source (default: all)",
     )
     verb.add_argument(
         "--out", type=Path, default=Path("evals"), help="where results go (default: %(default)s; a run's: into the run)"

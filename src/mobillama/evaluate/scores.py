@@ -55,7 +55,7 @@ def score_benchmark(benchmark: Benchmark, tasks: Sequence[dict[str, Any]]) -> di
     return {
         "score": scale * sum(weight * metric["value"] for weight, metric in zip(weights, metrics, strict=True)),
         "stderr": scale * math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))) if known else None,
-        "metric": benchmark.metric,
+        "metric": benchmark.label or benchmark.metric,
         "shots": benchmark.shots,
         "questions": sum(counts),
         "tasks": len(tasks),

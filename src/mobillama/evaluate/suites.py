@@ -55,6 +55,8 @@ class Benchmark:
     """How many questions of each task are asked, drawn once and for all; 0: all."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What differs from the packaged task."""
+    label: str = ""
+    """What the metric is called where the harness's name for it says too little."""
     local: str = ""
     """File of a local copy that is no copy of the hub's repository; ``read`` makes its documents."""
 
@@ -90,8 +92,10 @@ def _nine(shots: dict[str, int]) -> tuple[Benchmark, ...]:
         ("SIQA", "acc", ("siqa/siqa",), "lighteval/siqa", 100 / 3),
         ("WinoGrande", "acc", ("winogrande/default",), "allenai/winogrande", 50.0),
     )
+    labels = {"TruthfulQA": "mc2"}
     return tuple(
-        Benchmark(name, metric, files, data, shots.get(name, 0), chance) for name, metric, files, data, chance in rows
+        Benchmark(name, metric, files, data, shots.get(name, 0), chance, label=labels.get(name, ""))
+        for name, metric, files, data, chance in rows
     )
 
 

@@ -21,6 +21,7 @@ from mobillama.evaluate.model import ModelFiles, find_model, list_revisions, num
 from mobillama.evaluate.run import Evaluator, record_failure
 from mobillama.evaluate.suites import find_suite
 from mobillama.recipe import PretrainRecipe
+from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.train.checkpoint import list_checkpoints
 from mobillama.train.records import METRICS_FILE
 
@@ -179,7 +180,7 @@ def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
 
 
 def _checkpoints(run: Path, last: int, follow: bool) -> Iterator[tuple[int, Path]]:
-    """Yield the checkpoints of a run, and with ``follow`` those that come until its last step."""
+    """Yield the checkpoints of a run, and with ``follow`` those that come until its last step; name what is none."""
     seen: set[int] = set()
     while True:
         for step, path in list_checkpoints(run / "checkpoints"):
@@ -187,8 +188,11 @@ def _checkpoints(run: Path, last: int, follow: bool) -> Iterator[tuple[int, Path
                 seen.add(step)
                 yield step, path
         if not follow or last in seen:
-            return
+            break
         time.sleep(_POLL_SECONDS)
+    for path in sorted((run / "checkpoints").glob("step-*")):
+        if re.fullmatch(r"step-\d+", path.name) and not (path / MANIFEST_NAME).is_file():
+            note(f"step {int(path.name.removeprefix('step-')):,}: no {MANIFEST_NAME}, passed over")
 
 
 def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
@@ -247,34 +251,45 @@ def _show(suite: str, results: list[dict[str, Any]], floor: dict[str, float], as
     if as_json:
         print(json.dumps({"results": results, "baselines": floor}, indent=2))
     else:
-        done = [(_label(result), measures(result)) for result in results if result["status"] == "done"]
+        done = [result for result in results if result["status"] == "done"]
         if done:
             _table(suite, done, floor)
         said: dict[str, list[str]] = {}
-        for result in results:
+        for result in done:
             for remark in _remarks(result):
                 said.setdefault(remark, []).append(_label(result))
         for remark, names in said.items():
             note(f"{names[0] if len(names) == 1 else f'{len(names)} models'}: {remark}")
     failed = [result for result in results if result["status"] == "failed"]
     if failed:
-        error = MobiLlamaError(failed[0]["error"])
-        error.exit_code = failed[0]["exit_code"]
+        if len(results) > 1:
+            for result in failed:
+                note(f"{_label(result)}: failed: {result['error']}")
+        error = MobiLlamaError(failed[0]["error"] if len(results) == 1 else f"{len(failed)} of {len(results)} failed")
+        error.exit_code = max(result["exit_code"] for result in failed)
         raise error
 
 
-def _table(suite: str, done: list[tuple[str, dict[str, tuple[float, float | None]]]], floor: dict[str, float]) -> None:
+def _table(suite: str, done: list[dict[str, Any]], floor: dict[str, float]) -> None:
     """Print one model as a column with its standard errors, several as rows."""
     digits = 4 if suite == "perplexity" else 2
-    columns = list(done[0][1])
+    columns, benchmarks, limit = measures(done[0]), done[0].get("benchmarks", {}), done[0]["key"]["limit"]
+    title = f"{suite}, only --limit {limit}" if limit else suite
     unit = "bits per byte (LAMBADA: percent)" if suite == "perplexity" else "percent"
     if len(done) == 1:
-        rows = [(column, _cell(measure, digits)) for column, measure in done[0][1].items()]
-        rows += [(name, f"{value:.{digits}f}") for name, value in floor.items()]
-        table(f"{suite}: {done[0][0]}", ["", unit], rows)
+        rows = []
+        for column, measure in columns.items():
+            facts = benchmarks.get(column)
+            about = (facts["metric"], f"{facts['questions']:,}") if facts else ("", "")
+            rows.append((column, _cell(measure, digits), *about))
+        rows += [(name, f"{value:.{digits}f}", "", "") for name, value in floor.items()]
+        table(f"{title}: {_label(done[0])}", ["", unit, "metric", "questions"], rows)
         return
-    rows_of_models = [(name, *(f"{found[column][0]:.{digits}f}" for column in columns)) for name, found in done]
-    table(f"{suite}, {unit}; standard errors are in the records", ["", *columns], rows_of_models)
+    names = [f"{name} ({benchmarks[name]['questions']:,})" if name in benchmarks else name for name in columns]
+    rows_of_models = [
+        (_label(result), *(f"{measures(result)[column][0]:.{digits}f}" for column in columns)) for result in done
+    ]
+    table(f"{title}, {unit} (questions in brackets); standard errors are in the records", ["", *names], rows_of_models)
 
 
 def _label(result: dict[str, Any]) -> str:
@@ -288,9 +303,7 @@ def _cell(measure: tuple[float, float | None], digits: int) -> str:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
-    """Return what must not go unsaid of a result."""
-    if result["status"] == "failed":
-        return [f"failed: {result['error']}"]
+    """Return what must not go unsaid of a result that is done."""
     remarks, lost = [], result.get("truncated", {})
     if lost.get("contexts"):
         length = f"{result['context_length']:,} tokens"

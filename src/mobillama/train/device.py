@@ -12,7 +12,7 @@ import torch
 from mobillama.errors import UsageError
 
 # Share of its speed that mobillama-0.5b lost on one H100: the run of docs/experiments/h100-resume made 61.1 thousand
-# tokens/s, a bare step that need not be repeatable 66.5 thousand, 52% of the peak (benchmarks/train.py).
+# tokens/s, a bare step that need not be repeatable 66.0 thousand, 51.6% of the peak (benchmarks/results/train.json).
 DETERMINISTIC_COST = 0.08
 
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobillama.cli.verbs import add_group, add_verb
+from mobillama.cli.verbs import add_group, add_verb, at_least
+from mobillama.engine.load import ENGINES
 from mobillama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,13 +26,24 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--unshared", action="store_true", help="a plain Llama that loads without mobillama installed")
 
     verb = add_verb(verbs, "generate", _generate, "continue a text")
-    verb.add_argument("model", type=Path, help="a model directory")
+    _add_model(verb)
     verb.add_argument("--prompt", required=True, help="the text to continue")
     _add_sampling(verb)
 
     verb = add_verb(verbs, "chat", _chat, "talk to a model in the terminal")
-    verb.add_argument("model", type=Path, help="a model directory")
+    _add_model(verb)
     _add_sampling(verb)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, help="a model directory, or what 'mobillama export' made")
+    verb.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what computes (default: what the model was exported for)",
+    )
+    verb.add_argument("--threads", type=at_least(1), default=0, help="to compute with (default: all cores)")
 
 
 def _add_sampling(verb: argparse.ArgumentParser) -> None:
@@ -66,7 +78,7 @@ def _generate(args: argparse.Namespace) -> None:
     from mobillama.engine.stream import Session, stream_tokens, text_of
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads)
     prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
     (ids,) = tokenizer.encode([prompt])
     if not ids:
@@ -91,6 +103,6 @@ def _chat(args: argparse.Namespace) -> None:
     from mobillama.serve.chat import Conversation, chat
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads)
     conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed)
     chat(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobillama.cli.verbs import add_group, add_verb, at_least
-from mobillama.engine.load import ENGINES
+from mobillama.engine import ENGINES
 from mobillama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         help="what computes (default: what the model was exported for)",
     )
     verb.add_argument("--threads", type=at_least(1), default=0, help="to compute with (default: all cores)")
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where torch sees one"
+    )
 
 
 def _add_sampling(verb: argparse.ArgumentParser) -> None:
@@ -78,7 +81,7 @@ def _generate(args: argparse.Namespace) -> None:
     from mobillama.engine.stream import Session, stream_tokens, text_of
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model, args.engine, args.threads)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
     prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
     (ids,) = tokenizer.encode([prompt])
     if not ids:
@@ -103,6 +106,6 @@ def _chat(args: argparse.Namespace) -> None:
     from mobillama.serve.chat import Conversation, chat
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model, args.engine, args.threads)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
     conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed)
     chat(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))

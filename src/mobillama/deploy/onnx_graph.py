@@ -153,7 +153,9 @@ def _normed_heads(
     graph.node("Split", [qkv, graph.constant("head_sizes", sizes)], [place + part for part in "qkv"], axis=-1)
     for part, size in zip("qk", sizes, strict=False):
         weight = graph.constant(f"{attention}{part}_norm", vector(f"{attention}{part}_norm"))
-        graph.node("Reshape", [place + part, graph.constant("as_heads", np.array([1, -1, width]))], f"{place}{part}_heads")
+        graph.node(
+            "Reshape", [place + part, graph.constant("as_heads", np.array([1, -1, width]))], f"{place}{part}_heads"
+        )
         graph.node(
             "SimplifiedLayerNormalization",
             [f"{place}{part}_heads", weight],
@@ -199,7 +201,9 @@ class _Graph:
     def output(self, name: str, shape: Sequence[int | str]) -> None:
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
-    def node(self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **settings: Any) -> str:
+    def node(
+        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **settings: Any
+    ) -> str:
         """Add a node; return its first output."""
         outputs = [outputs] if isinstance(outputs, str) else list(outputs)
         self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=outputs[0], domain=domain, **settings))
@@ -213,16 +217,28 @@ class _Graph:
         return name
 
     def add_and_norm(
-        self, x: str, change: str, weight: str, vector: Callable[[str], NDArray[np.float32]], config: ModelConfig, place: str
+        self,
+        x: str,
+        change: str,
+        weight: str,
+        vector: Callable[[str], NDArray[np.float32]],
+        config: ModelConfig,
+        place: str,
     ) -> tuple[str, str]:
         """Add ``change`` to the residual stream; return the stream and its RMSNorm."""
         self.constant(weight, vector(weight))
         if not change:
-            self.node("SimplifiedLayerNormalization", [x, weight], place + "/normed", axis=-1, epsilon=config.rms_norm_eps)
+            self.node(
+                "SimplifiedLayerNormalization", [x, weight], place + "/normed", axis=-1, epsilon=config.rms_norm_eps
+            )
             return x, place + "/normed"
         outputs = [place + "/normed", "", "", place + "/x"]
         self.node(
-            "SkipSimplifiedLayerNormalization", [x, change, weight], outputs, domain=_CONTRIB, epsilon=config.rms_norm_eps
+            "SkipSimplifiedLayerNormalization",
+            [x, change, weight],
+            outputs,
+            domain=_CONTRIB,
+            epsilon=config.rms_norm_eps,
         )
         return place + "/x", place + "/normed"
 

@@ -65,5 +65,5 @@ def check_tokens(ids: Sequence[int], engine: Engine) -> None:
         raise ValueError("an engine is fed at least one token")
     if engine.length + len(ids) > engine.context_length:
         raise ValueError(f"a context of {engine.context_length} tokens cannot hold {engine.length + len(ids)}")
-    if not (0 <= min(ids) and max(ids) < engine.vocab_size):
+    if not (min(ids) >= 0 and max(ids) < engine.vocab_size):
         raise ValueError(f"the model knows the ids 0…{engine.vocab_size - 1}, not {min(ids)}…{max(ids)}")

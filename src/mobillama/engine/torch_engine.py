@@ -20,7 +20,7 @@ class TorchEngine:
     """Decodes one sequence with torch. On a GPU a decoded token is one replay of a CUDA graph.
 
     Args:
-        model: in evaluation mode; see :meth:`load`.
+        model: in evaluation mode; see :meth:`from_directory`.
         context_length: tokens to make room for; absent: what the model was made for.
         compile: let torch's compiler fuse the element-wise work of a step before it is captured (half a minute at start).
     """
@@ -42,20 +42,13 @@ class TorchEngine:
         self._step = _GraphStep(model, self._cache, compile) if weight.is_cuda else None
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | str = "cpu", threads: int = 0) -> TorchEngine:
+    def from_directory(cls, directory: Path, device: torch.device | str = "cpu") -> TorchEngine:
         """Open a model directory, weights as stored.
-
-        Args:
-            directory: of a model.
-            device: where to compute.
-            threads: of all of torch in this process; 0: torch's choice.
 
         Raises:
             UsageError: this is no model directory.
             CorruptDataError: it is damaged.
         """
-        if threads:
-            torch.set_num_threads(threads)
         return cls(load_model(directory, device=device))
 
     @property
@@ -165,7 +158,7 @@ class _GraphStep:
         compute = torch.compile(step.__call__, fullgraph=True) if self._compile else step
         # Runs before the capture write the same place as the first replay does, which overwrites it.
         step.position_11.fill_(self._cache.get_seq_length())
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):

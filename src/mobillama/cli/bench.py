@@ -27,12 +27,19 @@ def add(verbs: Verbs) -> None:
         help="measure this one alone (default: each model in the engine that it was made for)",
     )
     verb.add_argument(
-        "--threads", type=at_least(1), nargs="+", default=[], metavar="N", help="to measure at (default: 1, and all cores)"
+        "--threads",
+        type=at_least(1),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="to measure at (default: 1, and all cores)",
     )
     verb.add_argument("--rounds", type=at_least(1), default=5, help="turns of each contender (default: %(default)s)")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch (default: %(default)s)")
     verb.add_argument(
-        "--llama-python", metavar="PYTHON", help="an interpreter with llama-cpp-python (default: this one, if it has it)"
+        "--llama-python",
+        metavar="PYTHON",
+        help="an interpreter with llama-cpp-python (default: this one, if it has it)",
     )
     verb.add_argument("--remark", default="", help="what readers must know, e.g. 'random weights'")
     verb.add_argument("--out", type=new_path, metavar="FILE.json", help="record the figures")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mobillama import __version__
-from mobillama.cli import bench, data, evaluate, train, use
+from mobillama.cli import bench, data, deploy, evaluate, train, use
 from mobillama.cli.verbs import EXIT_CODES, options_of
 from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add(verbs)
     train.add(verbs)
     evaluate.add(verbs)
+    deploy.add(verbs)
     use.add(verbs)
     bench.add(verbs)
     return parser

@@ -72,7 +72,9 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None) -> 
                 del found[-2]  # torch decodes a GGUF into float32; it is measured when asked for
     chosen_ones = [each for each in found if engine in ("auto", each.engine)]
     if not chosen_ones:
-        raise UsageError(f"--engine: none of the models was made for {engine}; engines are {', '.join(ENGINES)}, {LLAMA_CPP}")
+        raise UsageError(
+            f"--engine: none of the models was made for {engine}; engines are {', '.join(ENGINES)}, {LLAMA_CPP}"
+        )
     return chosen_ones
 
 
@@ -97,7 +99,7 @@ class Worker:
         words = [contender.python, "-P", str(WORKER), contender.engine, str(contender.path), str(threads), device]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
         started = time.perf_counter()
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed with the process
         self._process = subprocess.Popen(  # noqa: S603
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
         )
@@ -197,7 +199,7 @@ def _measure_at(
                 _take_turn(workers[place], taken[place], meters)
         show(stage, settings.rounds * len(entrants), settings.rounds * len(entrants))
         return [
-            _row(contender, threads, worker, seconds, facts, statistics.median(limits), settings, meters)
+            _row(contender, threads, worker, seconds, facts, max(limits), settings, meters)
             for contender, worker, seconds, facts in zip(entrants, workers, starts, taken, strict=True)
         ]
     finally:
@@ -231,9 +233,6 @@ def _row(
     facts = worker.facts
     read = facts.get("read_per_token") or _bytes_read_per_token(contender.path)
     decode = statistics.median(taken["decode"])
-    energy: Any = "not measurable here"
-    if meters:
-        energy = {meter.name: 1000 * statistics.median(taken[f"joules {meter.name}"]) for meter in meters}
     return {
         "model": contender.path.name or str(contender.path),
         "engine": contender.engine,
@@ -254,7 +253,9 @@ def _row(
         "read_bytes_per_token": read,
         "bytes_per_second": read * decode,
         "memory_bytes_per_second": limit,
-        "joules_per_1000_tokens": energy,
+        "joules_per_1000_tokens": {
+            meter.name: 1000 * statistics.median(taken[f"joules {meter.name}"]) for meter in meters
+        },
         **({"engine_version": facts["version"]} if "version" in facts else {}),
     }
 

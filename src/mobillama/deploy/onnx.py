@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
-from mobillama.deploy.gguf import MOST_KL, Show, Source, _quiet as quiet
+from mobillama.deploy.gguf import MOST_KL, Show, Source, quiet
 from mobillama.deploy.onnx_graph import INT8_ACTIVATIONS, Matrix, write_graph
 from mobillama.deploy.parity import compare, passages, torch_logits
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
@@ -69,7 +70,7 @@ def export_onnx(
         save_tokenizer(opened.tokenizer, work)
         engine = OnnxEngine.load(work)
 
-        def copy(ids: list[int]) -> NDArray[np.float32]:
+        def copy(ids: Sequence[int]) -> NDArray[np.float32]:
             engine.truncate(0)
             return engine.feed_each(ids)
 

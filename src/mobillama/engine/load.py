@@ -23,9 +23,7 @@ def engine_for(path: Path) -> str:
     return ONNXRUNTIME if _holds_graph(path) else TORCH
 
 
-def load_engine(
-    path: Path, engine: str = "auto", threads: int = 0, device: str = "auto"
-) -> tuple[Engine, Tokenizer]:
+def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> tuple[Engine, Tokenizer]:
     """Return the engine and tokenizer of a model.
 
     Args:
@@ -40,7 +38,9 @@ def load_engine(
     """
     made_for = engine_for(path)
     if engine not in ("auto", made_for):
-        raise UsageError(f"{path}: was made for {made_for}, {engine} cannot open it; leave --engine out, or export it anew")
+        raise UsageError(
+            f"{path}: was made for {made_for}, {engine} cannot open it; leave --engine out, or export it anew"
+        )
     opened = open_engine(path, threads, device)
     tokenizer = _tokenizer_of(path)
     if tokenizer.vocab_size != opened.vocab_size:

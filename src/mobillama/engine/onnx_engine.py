@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,8 @@ class OnnxEngine:
         self.vocab_size = int(facts["shape"]["vocab_size"])
         self.length = 0
         self._session = session
-        # numpy takes zeros from the system lazily: places of the cache take memory only once they are written.
         self._cache = {
-            item.name: np.zeros(item.shape, _TYPES[item.type])
+            item.name: _lazy_zeros(item.shape, _TYPES[item.type])
             for item in session.get_inputs()
             if item.name.startswith(("past_key_", "past_value_"))
         }
@@ -133,6 +134,15 @@ class OnnxEngine:
         for name, buffer in outputs.items():
             binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(buffer))
         return binding
+
+
+def _lazy_zeros(shape: Sequence[int], kind: type[Any]) -> NDArray[Any]:
+    """Return zeros that take memory page by page as they are written.
+
+    numpy asks for huge pages, and the first token of each head would take one.
+    """
+    count = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, count * np.dtype(kind).itemsize), kind).reshape(shape)
 
 
 def _return_freed_memory() -> None:

@@ -200,7 +200,10 @@ def draw_inference(result: dict[str, Any], out: Path) -> None:
     names = [f"{row['model']}\n{row['engine']}, {row['threads']} thr." for row in rows]
     figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
-    speeds = ("decode_tokens_per_second", "decoded tokens/s"), ("prefill_512_tokens_per_second", "prefill 512, tokens/s")
+    speeds = (
+        ("decode_tokens_per_second", "decoded tokens/s"),
+        ("prefill_512_tokens_per_second", "prefill 512, tokens/s"),
+    )
     for axes, (key, title) in zip(panels, speeds, strict=False):
         medians = [row.get(key, {}).get("median", 0) for row in rows]
         axes.barh(names, medians, color="tab:blue")

@@ -93,7 +93,15 @@ def show_inference(result: dict[str, Any]) -> None:
     speed = f"tokens/s, median / best of {result['rounds']} turns ({where})"
     table(
         f"Speed: {speed}",
-        ["model", "engine", "threads", *(f"prefill {n}" for n in PREFILLS), f"decode {DECODED}", "GB/s read", "of limit"],
+        [
+            "model",
+            "engine",
+            "threads",
+            *(f"prefill {n}" for n in PREFILLS),
+            f"decode {DECODED}",
+            "GB/s read",
+            "of limit",
+        ],
         [
             [
                 row["model"],
@@ -110,8 +118,8 @@ def show_inference(result: dict[str, Any]) -> None:
     limits = {row["threads"]: row["memory_bytes_per_second"] / 1e9 for row in rows}
     said = ", ".join(f"{limit:.1f} GB/s at {threads}" for threads, limit in limits.items())
     note(
-        f"GB/s read: distinct weights of a token × tokens/s. Limit: what plain reading of memory reached in the same turns "
-        f"({said} threads); a network that stays in the processor's cache may exceed it."
+        f"GB/s read: distinct weights of a token × tokens/s. Limit: the best that plain reading of memory reached "
+        f"between the turns ({said} threads); a network that stays in the processor's cache may exceed it."
     )
     table(
         "Size, memory and latency",
@@ -135,12 +143,14 @@ def show_inference(result: dict[str, Any]) -> None:
         "first token: from the start of a process to the first token after a prompt of 64, file in the page cache. load: "
         "opening the model. init: the first pass over that prompt. forward: the median decoded token."
     )
+    if not any(row["joules_per_1000_tokens"] for row in rows):
+        note("energy: not measurable here (no readable RAPL counter of the processor, no NVML counter of a GPU)")
     _show_paper()
 
 
 def _latency_row(row: dict[str, Any]) -> list[str]:
     memory, energy = row["memory_bytes"], row["joules_per_1000_tokens"]
-    spent = energy if isinstance(energy, str) else ", ".join(f"{name} {value:.0f}" for name, value in energy.items())
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in energy.items()) or _NOT_MEASURED
     return [
         row["model"],
         row["engine"],

@@ -1,0 +1,87 @@
+"""Verbs that bring models in and out: import, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobillama.cli.verbs import add_group, add_verb, new_path
+
+if TYPE_CHECKING:
+    from mobillama.cli.verbs import Verbs
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs."""
+    group = add_group(verbs, "export", "write a model for other tools")
+    verb = add_verb(group, "hf", _export_hf, "a Hugging Face directory, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
+    verb.add_argument("out", type=new_path, help="the directory to make")
+    verb.add_argument("--unshared", action="store_true", help="a plain Llama that loads without mobillama installed")
+
+    verb = add_verb(group, "gguf", _export_gguf, "a GGUF file, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
+    verb.add_argument("out", type=new_path, help="the file to make; the check's figures go to OUT.json")
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--shared", action="store_true", help="what layers share once (default if they share anything)")
+    form.add_argument(
+        "--unshared", action="store_true", help="with copies of it, for stock llama.cpp, Ollama, LM Studio"
+    )
+    verb.add_argument(
+        "--type",
+        choices=GGUF_TYPES,
+        help="of matrices; 4-bit types get a q8_0 head (default: f16, or as a GGUF file has them)",
+    )
+
+    verb = add_verb(group, "onnx", _export_onnx, "a directory for ONNX Runtime, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
+    verb.add_argument(
+        "out", type=new_path, help="the directory to make: graph, weights, tokenizer, the check's figures"
+    )
+    verb.add_argument(
+        "--type", choices=("q4_0", "q8_0"), help="of matrices (default: as a GGUF file has them; a directory's: q4_0)"
+    )
+    verb.add_argument(
+        "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it, or --type)"
+    )
+
+
+def _export_hf(args: argparse.Namespace) -> None:
+    from mobillama.console import progress
+    from mobillama.deploy.hf import export_hf
+
+    with progress() as show:
+        _print(args.out, export_hf(args.model, args.out, args.unshared, show))
+
+
+def _export_gguf(args: argparse.Namespace) -> None:
+    from mobillama.console import progress
+    from mobillama.deploy.gguf import export_gguf
+    from mobillama.engine.blocks import TYPES
+
+    shared = True if args.shared else False if args.unshared else None
+    with progress() as show:
+        facts = export_gguf(args.model, args.out, TYPES[args.type] if args.type else None, shared, show=show)
+    _print(args.out, facts)
+
+
+def _export_onnx(args: argparse.Namespace) -> None:
+    from mobillama.console import progress
+    from mobillama.deploy.onnx import export_onnx
+    from mobillama.engine.blocks import TYPES
+
+    kind, head = (TYPES[name] if name else None for name in (args.type, args.head))
+    with progress() as show:
+        _print(args.out, export_onnx(args.model, args.out, kind, head, show=show))
+
+
+def _print(out: Path, facts: dict[str, Any]) -> None:
+    from mobillama.console import note
+    from mobillama.deploy.parity import Parity
+
+    note(f"{out}: {facts['bytes'] / 1e6:,.1f} MB · {Parity(**facts['parity'])}")
+    print(json.dumps({"out": str(out), **facts}))

@@ -48,6 +48,12 @@ def add(verbs: Verbs) -> None:
     verb.add_argument(
         "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it, or --type)"
     )
+    verb.add_argument(
+        "--cache",
+        choices=("int8", "float32"),
+        default="int8",
+        help="keys and values while decoding (default: %(default)s)",
+    )
 
 
 def _export_hf(args: argparse.Namespace) -> None:
@@ -76,7 +82,7 @@ def _export_onnx(args: argparse.Namespace) -> None:
 
     kind, head = (TYPES[name] if name else None for name in (args.type, args.head))
     with progress() as show:
-        _print(args.out, export_onnx(args.model, args.out, kind, head, show=show))
+        _print(args.out, export_onnx(args.model, args.out, kind, head, args.cache == "int8", show=show))
 
 
 def _print(out: Path, facts: dict[str, Any]) -> None:

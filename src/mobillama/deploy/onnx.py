@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.deploy.gguf import MOST_KL, Show, Source, quiet
+from mobillama.deploy.onnx_cache import quantize_cache
 from mobillama.deploy.onnx_graph import INT8_ACTIVATIONS, Matrix, write_graph
 from mobillama.deploy.parity import compare, passages, torch_logits
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
@@ -23,6 +24,7 @@ from mobillama.recipe import ModelConfig
 from mobillama.record.files import new_directory, write_json
 
 RECORD_FILE = "export.json"
+_CALIBRATION = 2048  # tokens that set the scales of an 8-bit cache; none of them is compared
 _HEAD_STEP = 16  # ONNX Runtime's attention takes heads of a multiple of this width
 
 
@@ -31,6 +33,7 @@ def export_onnx(
     out: Path,
     kind: BlockType | None = None,
     head: BlockType | None = None,
+    int8_cache: bool = True,
     tokens: int = 1024,
     show: Show = quiet,
 ) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def export_onnx(
         source: a model directory or a GGUF file.
         out: the directory to make: graph, weights, tokenizer, and the figures in ``export.json``.
         kind: of matrices, Q4_0 or Q8_0; None: as a GGUF has them, a directory's as Q4_0.
-        head: of the head; None: as ``kind``.
+        head: of the head; None: as a GGUF has it, a directory's as ``kind``.
+        int8_cache: keep keys and values in 8 bits instead of 32.
         tokens: predictions that are compared.
         show: told the progress.
 
@@ -68,13 +72,16 @@ def export_onnx(
             work, shape, matrix, vector, INT8_ACTIVATIONS, lambda done, total: show("write layers", done, total)
         )
         save_tokenizer(opened.tokenizer, work)
+        context = shape.max_position_embeddings
+        rows = passages(opened.tokenizer, context, tokens)
+        if int8_cache:
+            quantize_cache(work, passages(opened.tokenizer, context, tokens + _CALIBRATION)[len(rows) :])
         engine = OnnxEngine.load(work)
 
         def copy(ids: Sequence[int]) -> NDArray[np.float32]:
             engine.truncate(0)
             return engine.feed_each(ids)
 
-        rows = passages(opened.tokenizer, shape.max_position_embeddings, tokens)
         parity = compare(torch_logits(opened.model()), copy, rows, load_tokenizer(work))
         parity.require(out, max(MOST_KL[its.kind.name] for its in matrices.values()))
         kinds = {name: its.kind.name for name, its in matrices.items()}
@@ -83,6 +90,7 @@ def export_onnx(
             "format": "onnx",
             "shared": shape.share != "none",
             "types": sorted({its for name, its in kinds.items() if name != HEAD}),
+            "cache": "int8" if int8_cache else "float32",
             "head": kinds.get(HEAD, kinds[EMBEDDING]),
             "bytes": sum(file.stat().st_size for file in work.glob("model.onnx*")),
             "parity": parity.record(),

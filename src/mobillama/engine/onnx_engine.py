@@ -112,6 +112,10 @@ class OnnxEngine:
             self._run(self._bind(chunk_1t, logits_1tv[:, start : start + _CHUNK]), chunk_1t.size)
         return logits_1tv[0]
 
+    def keys_and_values(self) -> dict[str, NDArray[Any]]:
+        """Return what is held, by the graph's names: ``past_key_0`` (1, h, tokens, d) and so on."""
+        return {name: part[:, :, : self.length] for name, part in self._cache.items()}
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         self.length = min(length, self.length)

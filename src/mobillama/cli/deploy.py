@@ -17,6 +17,18 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
+    verb = add_verb(verbs, "import", _import, "make a model directory of a model from elsewhere")
+    verb.add_argument(
+        "source", type=Path, help="a Llama's Hugging Face directory (official checkpoints too) or GGUF file"
+    )
+    verb.add_argument("out", type=new_path, help="the model directory to make")
+    verb.add_argument("--unshared", action="store_true", help="keep every layer's own copy of what layers share")
+    verb.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as stored; for GGUF the narrowest that keeps every bit)",
+    )
+
     group = add_group(verbs, "export", "write a model for other tools")
     verb = add_verb(group, "hf", _export_hf, "a Hugging Face directory, checked against the original")
     verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
@@ -54,6 +66,17 @@ def add(verbs: Verbs) -> None:
         default="int8",
         help="keys and values while decoding (default: %(default)s)",
     )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from mobillama.console import note, progress
+    from mobillama.importing.models import DTYPES, import_model
+
+    with progress() as show:
+        facts = import_model(args.source, args.out, DTYPES.get(args.dtype), args.unshared, show)
+    for line in facts["notes"]:
+        note(line)
+    print(args.out)
 
 
 def _export_hf(args: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ from mobillama.record.files import read_json, replaced_file, write_json
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -150,7 +151,8 @@ class SentencePieceTokenizer:
         ]
         pieces, scores = [processor.id_to_piece(i) for i in ids], [processor.get_score(i) for i in ids]
         special = self.bos_id, self.eos_id, processor.unk_id()
-        return Vocabulary("llama", pieces, kinds, scores, [], "", *special)
+        config = _config_beside(self.path)
+        return Vocabulary("llama", pieces, kinds, scores, [], "", *special, chat_template=config.get("chat_template"))
 
     @functools.cached_property  # a run's checkpoints all carry it
     def description(self) -> dict[str, Any]:
@@ -234,8 +236,7 @@ class JsonTokenizer:
             description = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
             raise CorruptDataError(f"{path}: not a tokenizer.json ({error})") from None
-        config = path.with_name(CONFIG_FILE)
-        self._open(path, description, read_json(config) if config.is_file() else {})
+        self._open(path, description, _config_beside(path))
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary, path: Path) -> JsonTokenizer:
@@ -311,6 +312,8 @@ class JsonTokenizer:
                 write_json(directory / name, content)
             elif given.is_file():
                 shutil.copyfile(given, directory / name)
+        if self.path.suffix == ".json" and (given := self.path.with_name(TEMPLATE_FILE)).is_file():
+            shutil.copyfile(given, directory / TEMPLATE_FILE)
 
     def _find_special(self, name: str) -> int | None:
         token = self._config.get(name)
@@ -318,6 +321,17 @@ class JsonTokenizer:
             token = next((t for t in ("</s>", "<|endoftext|>") if self.backend.token_to_id(t) is not None), None)
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self.backend.token_to_id(content)
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return what ``tokenizer_config.json`` beside a tokenizer states, ``chat_template`` from its own file where it has one."""
+    config = read_json(path.with_name(CONFIG_FILE)) if path.with_name(CONFIG_FILE).is_file() else {}
+    template = path.with_name(TEMPLATE_FILE)
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    elif isinstance(named := config.get("chat_template"), list):
+        config["chat_template"] = next((its["template"] for its in named if its.get("name") == "default"), None)
+    return config
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

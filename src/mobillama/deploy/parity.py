@@ -74,7 +74,7 @@ def passages(tokenizer: Tokenizer, context: int, tokens: int = TOKENS) -> list[l
     """
     length = min(_ROW, context) + 1
     rows: list[list[int]] = []
-    for text in _texts():
+    for text in texts():
         (ids,) = tokenizer.encode([text[: 16 * length]])
         missing = tokens - sum(len(row) - 1 for row in rows)
         if missing <= 0:
@@ -84,7 +84,7 @@ def passages(tokenizer: Tokenizer, context: int, tokens: int = TOKENS) -> list[l
     return rows
 
 
-def _texts() -> Iterator[str]:
+def texts() -> Iterator[str]:
     """Yield texts of the sources in turn, each document in pieces, so that few documents give many passages."""
     folder = files("mobillama.data") / "sample"
     sources = sorted(item.name for item in folder.iterdir() if item.name.endswith(".jsonl.xz"))

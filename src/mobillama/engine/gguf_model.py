@@ -24,7 +24,7 @@ from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import ModelConfig
 
 SHARE_KEY, GROUPS_KEY = "mobillama.share", "mobillama.ffn_groups"
-_MAX_LAYERS = 1024
+_MAX_LAYERS = 512  # of one shared block, whose tensors bound them not
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 _LAYER = {
@@ -242,10 +242,11 @@ def _read_shape(file: GGUF, keep_copies: bool) -> ModelConfig:
             )
     heads, width, layers = (fact(key, int) for key in ("attention.head_count", "embedding_length", "block_count"))
     share, groups = stated.get(SHARE_KEY, "none"), stated.get(GROUPS_KEY, 1)
+    most_layers = _MAX_LAYERS if share == "block" else len(file.tensors)
     if (
         share not in get_args(get_type_hints(ModelConfig)["share"])
         or not isinstance(groups, int)
-        or layers > _MAX_LAYERS
+        or layers > most_layers
     ):
         raise CorruptDataError(
             f"{path}: states {layers:,} layers that share {share!r:.40} in {groups!r:.40} groups; fetch the file again"

@@ -68,6 +68,17 @@ def test_codes_of_a_quantized_source_survive(kind, tokenizer_path, tmp_path):
     assert np.abs(engine.feed(ids) - same_numbers.feed(ids)).mean() < 0.02
 
 
+def test_with_float32_activations_and_cache_nothing_but_the_weights_is_rounded(tokenizer_path, tmp_path):
+    gguf = tmp_path / "m.gguf"
+    export_gguf(directory_of(tokenizer_path, tmp_path / "model"), gguf, Q4_0)
+    facts = export_onnx(gguf, tmp_path / "out", int8_cache=False, int8_activations=False, context=64, tokens=100)
+    assert facts["parity"]["max_logit_error"] < 1e-4 and facts["parity"]["top1_agreement"] == 1
+    assert facts["context"] == load_engine(tmp_path / "out")[0].context_length == 64
+    for context in (1, 129):
+        with pytest.raises(UsageError, match=r"not within 2…128"):
+            export_onnx(gguf, tmp_path / "other", context=context)
+
+
 def test_a_wider_head_and_another_cache_are_chosen(tokenizer_path, tmp_path):
     source = directory_of(tokenizer_path, tmp_path / "model", tie_word_embeddings=True, num_key_value_heads=2)
     facts = export_onnx(source, tmp_path / "out", Q4_0, Q8_0, int8_cache=False, tokens=100)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobillama.cli.verbs import add_group, add_verb, new_path
+from mobillama.cli.verbs import add_group, add_verb, at_least, new_path
 
 if TYPE_CHECKING:
     from mobillama.cli.verbs import Verbs
@@ -61,10 +61,21 @@ def add(verbs: Verbs) -> None:
         "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it, or --type)"
     )
     verb.add_argument(
+        "--context",
+        type=at_least(2),
+        help="tokens that the cache has places for (default: what the model was made for)",
+    )
+    verb.add_argument(
         "--cache",
         choices=("int8", "float32"),
         default="int8",
         help="keys and values while decoding (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--activations",
+        choices=("int8", "float32"),
+        default="int8",
+        help="what products compute in; float32 is exact and slow (default: %(default)s)",
     )
 
 
@@ -105,7 +116,17 @@ def _export_onnx(args: argparse.Namespace) -> None:
 
     kind, head = (TYPES[name] if name else None for name in (args.type, args.head))
     with progress() as show:
-        _print(args.out, export_onnx(args.model, args.out, kind, head, args.cache == "int8", show=show))
+        facts = export_onnx(
+            args.model,
+            args.out,
+            kind,
+            head,
+            int8_cache=args.cache == "int8",
+            int8_activations=args.activations == "int8",
+            context=args.context,
+            show=show,
+        )
+    _print(args.out, facts)
 
 
 def _print(out: Path, facts: dict[str, Any]) -> None:

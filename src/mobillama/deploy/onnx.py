@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.deploy.gguf import MOST_KL, Show, Source, quiet
 from mobillama.deploy.onnx_cache import quantize_cache
-from mobillama.deploy.onnx_graph import INT8_ACTIVATIONS, Matrix, write_graph
+from mobillama.deploy.onnx_graph import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS, Matrix, write_graph
 from mobillama.deploy.parity import compare, passages, torch_logits
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
 from mobillama.engine.gguf import Tensor
@@ -34,6 +35,8 @@ def export_onnx(
     kind: BlockType | None = None,
     head: BlockType | None = None,
     int8_cache: bool = True,
+    int8_activations: bool = True,
+    context: int | None = None,
     tokens: int = 1024,
     show: Show = quiet,
 ) -> dict[str, Any]:
@@ -45,6 +48,8 @@ def export_onnx(
         kind: of matrices, Q4_0 or Q8_0; None: as a GGUF has them, a directory's as Q4_0.
         head: of the head; None: as a GGUF has it, a directory's as ``kind``.
         int8_cache: keep keys and values in 8 bits instead of 32.
+        int8_activations: round activations to 8 bits before each product; else products are exact, and slow.
+        context: tokens that the cache has places for; None: as the model was made for.
         tokens: predictions that are compared.
         show: told the progress.
 
@@ -57,7 +62,7 @@ def export_onnx(
     """
     with new_directory(out) as work:
         opened = Source.open(source)
-        shape = opened.shape
+        shape = _with_context(opened.shape, context)
         _check_shape(source, shape)
         matrices = _matrices(opened, kind, head)
         vectors = {name.removesuffix(".weight"): its for name, its in opened.weights.items() if its.dim() == 1}
@@ -68,14 +73,13 @@ def export_onnx(
         def matrix(name: str) -> Matrix:
             return matrices[name].rows, matrices[name].kind
 
-        write_graph(
-            work, shape, matrix, vector, INT8_ACTIVATIONS, lambda done, total: show("write layers", done, total)
-        )
+        activations = INT8_ACTIVATIONS if int8_activations else FLOAT32_ACTIVATIONS
+        write_graph(work, shape, matrix, vector, activations, lambda done, total: show("write layers", done, total))
         save_tokenizer(opened.tokenizer, work)
-        context = shape.max_position_embeddings
-        rows = passages(opened.tokenizer, context, tokens)
+        length = shape.max_position_embeddings
+        rows = passages(opened.tokenizer, length, tokens)
         if int8_cache:
-            quantize_cache(work, passages(opened.tokenizer, context, tokens + _CALIBRATION)[len(rows) :])
+            quantize_cache(work, passages(opened.tokenizer, length, tokens + _CALIBRATION)[len(rows) :])
         engine = OnnxEngine.load(work)
 
         def copy(ids: Sequence[int]) -> NDArray[np.float32]:
@@ -90,13 +94,22 @@ def export_onnx(
             "format": "onnx",
             "shared": shape.share != "none",
             "types": sorted({its for name, its in kinds.items() if name != HEAD}),
+            "context": length,
             "cache": "int8" if int8_cache else "float32",
+            "activations": "int8" if int8_activations else "float32",
             "head": kinds.get(HEAD, kinds[EMBEDDING]),
             "bytes": sum(file.stat().st_size for file in work.glob("model.onnx*")),
             "parity": parity.record(),
         }
         write_json(work / RECORD_FILE, facts)
     return facts
+
+
+def _with_context(shape: ModelConfig, context: int | None) -> ModelConfig:
+    most = shape.max_position_embeddings
+    if context is not None and not 2 <= context <= most:
+        raise UsageError(f"--context: {context} is not within 2…{most}, what the model was made for")
+    return dataclasses.replace(shape, max_position_embeddings=context or most)
 
 
 def _check_shape(source: Path, shape: ModelConfig) -> None:

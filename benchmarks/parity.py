@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 TYPES = ("f16", "q8_0", "q4_0", "q4_1")
+COLUMNS = ("torch", "llama_cpp", "llama_cpp_on_the_same_numbers")
 
 
 def speak_llama(model: str, rows: Path) -> None:
@@ -45,9 +46,9 @@ class Llama:
 
     def __init__(self, python: str, model: Path, rows: list[list[int]], texts: list[str], vocabulary: int) -> None:
         self._vocabulary = vocabulary
-        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-            json.dump({"rows": rows, "texts": texts}, file)
-        command = [python, __file__, "--speak-llama", str(model), file.name]
+        asked = model.with_suffix(".json")
+        asked.write_text(json.dumps({"rows": rows, "texts": texts}))
+        command = [python, __file__, "--speak-llama", str(model), str(asked)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.facts = json.loads(self._read(int.from_bytes(self._read(8), "little")))
 
@@ -68,37 +69,47 @@ def measure(source: Path, python: str, tokens: int, folder: Path) -> Iterator[tu
     import torch
 
     from mobillama.deploy.gguf import Source, export_gguf
-    from mobillama.deploy.parity import compare, passages, texts, torch_logits
+    from mobillama.deploy.parity import Comparison, passages, texts, torch_logits
     from mobillama.engine import blocks
     from mobillama.engine.gguf_model import write_model
     from mobillama.engine.torch_gguf import encode_weights, load_gguf
 
     opened = Source.open(source)
-    model, tokenizer = opened.model(), opened.tokenizer
+    tokenizer = opened.tokenizer
     rows = passages(tokenizer, opened.shape.max_position_embeddings, tokens)
     asked = [row[:-1] for row in rows]
     plain = [text for text, _ in zip(texts(), range(200), strict=False)]
     expected = tokenizer.encode(plain)
+    expected_logits = list(map(torch_logits(opened.model()), asked))
     for kind in TYPES:
         file = folder / f"{kind}.gguf"
-        facts = export_gguf(source, file, blocks.TYPES[kind], shared=False, tokens=tokens)
-        copy, _ = load_gguf(file, torch.float32)
-        result = {"bytes": facts["bytes"], "head": facts["head"], "torch": facts["parity"]}
-        for name, reference in (("llama_cpp", model), ("llama_cpp_on_the_same_numbers", copy)):
-            llama = Llama(python, file, asked, plain, opened.shape.vocab_size)
-            result[name] = compare(torch_logits(reference), llama.logits, rows, tokenizer).record()
-            result["texts_with_the_same_ids"] = [
-                sum(a == b for a, b in zip(llama.facts["ids"], expected, strict=True)),
-                len(plain),
-            ]
-            result["version"] = llama.facts["llama_cpp"]
-        yield kind, result
-        if kind in ("q4_0", "q4_1"):
-            four = encode_weights(opened.weights, blocks.TYPES[kind], blocks.TYPES[kind])
+        facts = export_gguf(source, file, blocks.TYPES[kind], shared=False, tokens=64)
+        copy = torch_logits(load_gguf(file, torch.float32)[0])
+        llama = Llama(python, file, asked, plain, opened.shape.vocab_size)
+        found = {name: Comparison(tokenizer) for name in COLUMNS}
+        for row, ours in zip(rows, expected_logits, strict=True):
+            decoded, deployed = copy(row[:-1]), llama.logits(row[:-1])
+            for name, pair in zip(COLUMNS, ((ours, decoded), (ours, deployed), (decoded, deployed)), strict=True):
+                found[name].add(row, *pair)
+        same = sum(a == b for a, b in zip(llama.facts["ids"], expected, strict=True))
+        yield (
+            kind,
+            {
+                "bytes": facts["bytes"],
+                "head": facts["head"],
+                "llama_cpp_python": llama.facts["llama_cpp"],
+                "texts_with_the_same_ids": [same, len(plain)],
+                **{name: comparison.result().record() for name, comparison in found.items()},
+            },
+        )
+        if kind == "q4_0":  # what the head's eight bits are worth
+            four = encode_weights(opened.weights, blocks.Q4_0, blocks.Q4_0)
             write_model(folder / "head.gguf", opened.shape, four, tokenizer, shared=False)
-            copy, _ = load_gguf(folder / "head.gguf", torch.float32)
-            parity = compare(torch_logits(model), torch_logits(copy), rows, tokenizer).record()
-            yield f"{kind}, head too", {"bytes": (folder / "head.gguf").stat().st_size, "torch": parity}
+            copy, comparison = torch_logits(load_gguf(folder / "head.gguf", torch.float32)[0]), Comparison(tokenizer)
+            for row, ours in zip(rows, expected_logits, strict=True):
+                comparison.add(row, ours, copy(row[:-1]))
+            size = (folder / "head.gguf").stat().st_size
+            yield "q4_0, head too", {"bytes": size, "head": "Q4_0", COLUMNS[0]: comparison.result().record()}
 
 
 def main() -> None:
@@ -125,7 +136,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for kind, result in measure(source, args.llama_python, args.tokens, Path(folder)):
                 found["types"][kind] = result
-                for engine in ("torch", "llama_cpp", "llama_cpp_on_the_same_numbers"):
+                for engine in COLUMNS:
                     if engine in result:
                         its = result[engine]
                         cost = its["bits_per_byte_copy"] / its["bits_per_byte_model"] - 1
@@ -138,7 +149,7 @@ def main() -> None:
 
 
 def _name(source: Path) -> str:
-    return source.stem if source.is_file() else "-".join(source.resolve().parts[-2:])
+    return source.stem if source.is_file() else "-".join(source.resolve().parts[-3:])
 
 
 if __name__ == "__main__":

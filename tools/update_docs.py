@@ -323,12 +323,20 @@ def gguf_parity() -> str:
             tokens = facts["torch"]["tokens"]
             lines.append(f"| {model} · {kind} ({facts['head']}) | {facts['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
         stamps.append(_measured(result["environment"], "torch"))
+    shapes = load("parity-shapes")["shapes"]
+    worst = {
+        kind: max(its["kl_nats_per_token"] for name, its in shapes.items() if name.endswith(kind))
+        for kind in ("f32", "q4_0")
+    }
     return "\n".join(
         [
             *lines,
             "",
             f"Teacher-forced on {tokens:,} tokens of the sample corpus. Tokenized alike by llama.cpp and us: "
-            f"{'; '.join(dict.fromkeys(ids))}. `python benchmarks/parity.py`; {'; '.join(dict.fromkeys(stamps))}.",
+            f"{'; '.join(dict.fromkeys(ids))}. Every kind of shape ({len(shapes) // 2} random models: sharing of each kind, grouped "
+            f"heads, tied head, QK-norm, free head width) loads in stock llama.cpp; from torch on the same numbers it is at most "
+            f"{worst['f32']:.0e} nats/token in F32, {worst['q4_0']:.0e} in Q4_0, for which llama.cpp rounds activations to eight "
+            f"bits. `python benchmarks/parity.py`; {'; '.join(dict.fromkeys(stamps))}.",
         ]
     )
 

@@ -27,7 +27,7 @@ def tool():
         "corpus-proofs",
         "data-plan",
         "evaluation-speed",
-        "evaluation-quick",
+        "evaluation-scores",
         "gguf-parity",
         "fuzz",
     ],

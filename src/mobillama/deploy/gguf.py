@@ -5,12 +5,14 @@ Codes of a quantized source are stored as they are where the wanted type is thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer
 from mobillama.deploy.parity import Parity, compare, passages, torch_logits
@@ -93,19 +95,28 @@ def export_gguf(
     shape = opened.shape
     shared = shape.share != "none" if shared is None else shared
     tensors = _encoded(opened, kind)
-    name = source.resolve().stem if source.is_file() else _name(source)
+    name = _name(source)
     with replaced_file(out) as work:
         write_model(
             work, shape, tensors, opened.tokenizer, shared, name, lambda done, total: show("write bytes", done, total)
         )
-        reference = torch_logits(opened.model())
-        copy, tokenizer = load_gguf(work, torch.float32)
         rows = passages(opened.tokenizer, shape.max_position_embeddings, tokens)
-        parity = compare(reference, torch_logits(copy), rows, tokenizer, show)
+        expected = _logits_of(opened, rows, show)
+        copy, tokenizer = load_gguf(work, torch.float32)
+        parity = compare(lambda ids: next(expected), torch_logits(copy), rows, tokenizer, show)
         parity.require(out, max(MOST_KL[tensor.kind.name] for tensor in tensors.values()))
         facts = _facts(name, work, shared, tensors, parity)
     write_json(out.with_name(f"{out.name}.json"), facts)
     return facts
+
+
+def _logits_of(source: Source, rows: list[list[int]], show: Show) -> Iterator[NDArray[np.float32]]:
+    """Return the model's logits on all passages, computed now, so that model and copy are never in memory together."""
+    logits, found = torch_logits(source.model()), []
+    for done, row in enumerate(rows, 1):
+        found.append(logits(row[:-1]))
+        show("compute passages", done, len(rows))
+    return iter(found)
 
 
 def _encoded(source: Source, kind: BlockType | None) -> dict[str, Tensor]:
@@ -128,10 +139,12 @@ def head_kind(kind: BlockType) -> BlockType:
     return Q8_0 if kind in (Q4_0, Q4_1) else kind
 
 
-def _name(directory: Path) -> str:
+def _name(source: Path) -> str:
     """Return a name for people: a checkpoint's ``model`` directory is called by its run and step."""
-    place = directory.resolve()
-    return "-".join(part for part in place.parts[-4:] if part not in ("model", "checkpoints", "/", "export"))
+    place = source.resolve()
+    if place.parent.parent.name == "checkpoints":
+        return f"{place.parents[2].name}-{place.parent.name}"
+    return place.stem if source.is_file() else place.name
 
 
 def _facts(name: str, out: Path, shared: bool, tensors: Mapping[str, Tensor], parity: Parity) -> dict[str, Any]:

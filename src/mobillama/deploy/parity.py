@@ -98,6 +98,39 @@ def _pieces(packed: bytes, characters: int = 5000) -> Iterator[str]:
         yield from (text[start : start + characters] for start in range(0, len(text), characters))
 
 
+class Comparison:
+    """Adds up how far a copy's logits are from the model's, passage by passage.
+
+    Args:
+        tokenizer: the model's; logits of ids beyond its own are left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._lengths, self._vocabulary = token_lengths(tokenizer), tokenizer.vocab_size
+        self._sums = np.zeros(5)  # logit error, KL, agreement, nats of the model, nats of the copy
+        self._largest, self._tokens, self._bytes = 0.0, 0, 0
+
+    def add(self, ids: Sequence[int], model_tv: NDArray[np.float32], copy_tv: NDArray[np.float32]) -> None:
+        """Take in a passage of ids (t + 1) and the logits (t, v) that follow its first t."""
+        targets = np.array(ids[1:])
+        ours_tv, theirs_tv = (logits[:, : self._vocabulary].astype(np.float64) for logits in (model_tv, copy_tv))
+        error_tv = np.abs(ours_tv - theirs_tv)
+        ours_tv, theirs_tv = _log_softmax(ours_tv), _log_softmax(theirs_tv)
+        agree = ours_tv.argmax(-1) == theirs_tv.argmax(-1)
+        kl = (np.exp(ours_tv) * (ours_tv - theirs_tv)).sum()
+        nats = [-np.take_along_axis(each, targets[:, None], 1).sum() for each in (ours_tv, theirs_tv)]
+        self._sums += [error_tv.mean(-1).sum(), kl, agree.sum(), *nats]
+        self._largest = float(np.maximum(self._largest, error_tv.max()))
+        self._tokens += len(targets)
+        self._bytes += int(self._lengths[targets].sum())
+
+    def result(self) -> Parity:
+        """Return the figures of all passages so far."""
+        error, kl, agreement, *nats = (float(total) / self._tokens for total in self._sums)
+        bits = [each * self._tokens / max(1, self._bytes) / math.log(2) for each in nats]
+        return Parity(self._tokens, self._largest, error, kl, agreement, *bits)
+
+
 def compare(
     model: Logits,
     copy: Logits,
@@ -105,34 +138,12 @@ def compare(
     tokenizer: Tokenizer,
     show: Callable[[str, float, float], None] = lambda stage, done, total: None,
 ) -> Parity:
-    """Return how far ``copy`` is from ``model`` on passages of ids.
-
-    Args:
-        model: the reference.
-        copy: what was exported; logits of ids beyond the tokenizer's are left out.
-        rows: from :func:`passages`.
-        tokenizer: the model's.
-        show: told the progress.
-    """
-    lengths, vocabulary = token_lengths(tokenizer), tokenizer.vocab_size
-    totals = np.zeros(5)  # logit error, KL, agreement, nats of the model, nats of the copy
-    largest, count, size = 0.0, 0, 0
+    """Return how far ``copy`` is from ``model`` on passages of ids, from :func:`passages`; ``show`` is told the progress."""
+    comparison = Comparison(tokenizer)
     for done, ids in enumerate(rows, 1):
-        targets = np.array(ids[1:])
-        ours_tv, theirs_tv = (logits(ids[:-1])[:, :vocabulary].astype(np.float64) for logits in (model, copy))
-        error_tv = np.abs(ours_tv - theirs_tv)
-        ours_tv, theirs_tv = _log_softmax(ours_tv), _log_softmax(theirs_tv)
-        agree = ours_tv.argmax(-1) == theirs_tv.argmax(-1)
-        kl = (np.exp(ours_tv) * (ours_tv - theirs_tv)).sum()
-        nats = [-np.take_along_axis(each, targets[:, None], 1).sum() for each in (ours_tv, theirs_tv)]
-        totals += [error_tv.mean(-1).sum(), kl, agree.sum(), *nats]
-        largest = np.maximum(largest, error_tv.max())
-        count += len(targets)
-        size += int(lengths[targets].sum())
+        comparison.add(ids, model(ids[:-1]), copy(ids[:-1]))
         show("compare passages", done, len(rows))
-    error, kl, agreement, *nats = totals / count
-    bits = [each * count / max(1, size) / math.log(2) for each in nats]
-    return Parity(count, float(largest), float(error), float(kl), float(agreement), float(bits[0]), float(bits[1]))
+    return comparison.result()
 
 
 def _log_softmax(logits_tv: NDArray[np.float64]) -> NDArray[np.float64]:

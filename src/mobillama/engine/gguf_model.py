@@ -337,7 +337,7 @@ def read_tokenizer(file: GGUF) -> JsonTokenizer:
             bos_id=stated.get("bos_token_id"),
             eos_id=stated.get("eos_token_id"),
             unk_id=stated.get("unknown_token_id"),
-            add_bos=bool(stated.get("add_bos_token", kind == "llama")),
+            add_bos=bool(stated.get("add_bos_token", kind == "llama" or stated.get("pre") == "llama-bpe")),
             add_space=bool(stated.get("add_space_prefix", True)),
             chat_template=template if isinstance(template, str) else None,
         )

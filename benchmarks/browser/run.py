@@ -29,7 +29,7 @@ import numpy as np
 from mobillama.data.tokenizer import decode
 from mobillama.engine.load import load_engine
 from mobillama.record.environment import environment
-from mobillama.record.files import write_json
+from mobillama.record.files import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "browser.json"
@@ -124,7 +124,6 @@ def main() -> None:
         ours = engine.feed([step["token"]])
     tokens = [step["token"] for step in result["steps"]]
     facts = {
-        "model": args.model.name,
         "prompt": args.prompt,
         "text": decode(tokenizer, tokens),
         "tokens": len(tokens),
@@ -138,7 +137,8 @@ def main() -> None:
         "runtime": "onnxruntime-web " + json.loads((args.ort.parent / "package.json").read_text())["version"],
         "environment": environment(),
     }
-    write_json(args.out, facts)
+    results = read_json(args.out) if args.out.exists() else {}
+    write_json(args.out, results | {args.model.name: facts})
     print(json.dumps(facts, indent=2))
 
 

@@ -84,7 +84,7 @@ def _write_decoder(
     graph.output("logits", [1, "wanted", config.vocab_size])
 
     graph.quantized("embed_tokens", [matrix("model.embed_tokens.weight")])
-    x = graph.look_up("embed_tokens", "input_ids")
+    x = graph.look_up("embed_tokens", "input_ids", config.tie_word_embeddings)
 
     graph.node("Shape", ["input_ids"], "new_long", start=1, end=2)
     graph.node("Cast", ["new_long"], "new", to=TensorProto.INT32)
@@ -192,7 +192,6 @@ class _Graph:
         self._multiplied: set[str] = set()
         self._widened: set[str] = set()
         self._constants: set[str] = set()
-        self._places: dict[str, tuple[int, int]] = {}
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> list[str]:
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
@@ -257,11 +256,10 @@ class _Graph:
         self._sizes[name] = packed.nbytes + blocks.scale_rg.nbytes
         self._quantized[name] = {"N": count, "K": groups * BLOCK, "bits": bits}
 
-    def look_up(self, name: str, ids: str) -> str:
-        """Look rows up; return them as float32."""
+    def look_up(self, name: str, ids: str, is_head: bool) -> str:
+        """Look rows of a quantized matrix up; return them as float32. With ``is_head`` it is multiplied by, too."""
         shape = self._quantized[name]
-        # The same bytes as the codes of a product, in the shape that Gather wants: a tied head stores them once.
-        table = self._alias(f"{name}/rows", f"{name}/codes", [shape["N"], shape["K"] * shape["bits"] // 8])
+        table = self._view(f"{name}/codes", f"{name}/rows", [shape["N"], shape["K"] * shape["bits"] // 8], is_head)
         settings = {"bits": shape["bits"], "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         inputs = [table, ids, self._scales(name)]
         return self.node("GatherBlockQuantized", inputs, f"{name}/x", domain=_CONTRIB, **settings)
@@ -295,25 +293,23 @@ class _Graph:
             self.initializers.append(tensor)
             return
         self._data.write(bytes(-self._data.tell() % _PAGE))
-        self._places[name] = self._data.tell(), len(raw)
+        place = {"location": DATA_FILE, "offset": self._data.tell(), "length": len(raw)}
         self._data.write(raw)
-        self._refer(tensor, name)
-
-    def _alias(self, name: str, stored: str, shape: Sequence[int]) -> str:
-        if stored in self._places:
-            self._refer(TensorProto(name=name, data_type=TensorProto.UINT8, dims=shape), stored)
-        else:
-            original = next(tensor for tensor in self.initializers if tensor.name == stored)
-            tensor = TensorProto(name=name, data_type=TensorProto.UINT8, dims=shape, raw_data=original.raw_data)
-            self.initializers.append(tensor)
-        return name
-
-    def _refer(self, tensor: onnx.TensorProto, stored: str) -> None:
-        offset, length = self._places[stored]
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", DATA_FILE), ("offset", offset), ("length", length)):
+        for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
+
+    def _view(self, stored: str, name: str, shape: Sequence[int], keep: bool) -> str:
+        """Give an initializer another name and shape; with ``keep``, beside those it has: the bytes are stored once."""
+        tensor = next(tensor for tensor in self.initializers if tensor.name == stored)
+        if keep:
+            self.initializers.append(onnx.TensorProto.FromString(tensor.SerializeToString()))
+            tensor = self.initializers[-1]
+        tensor.name = name
+        del tensor.dims[:]
+        tensor.dims.extend(shape)
+        return name
 
 
 def _join(parts: Sequence[Matrix]) -> Matrix:

@@ -40,6 +40,8 @@ def test_help_of_every_verb_teaches(capsys):
         ["data", "prepare"],
         ["data", "show"],
         ["pretrain"],
+        ["import"],
+        ["export", "gguf"],
         ["generate"],
         ["chat"],
         ["evaluate"],

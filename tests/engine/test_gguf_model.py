@@ -88,6 +88,21 @@ def test_copies_that_differ_are_refused_and_can_be_kept(tokenizer_path, tmp_path
     assert np.array_equal(kept.tensors["model.ffns.3.up_proj.weight"].rows, rows)
 
 
+def test_equal_copies_are_found_in_a_file_that_does_not_say(tokenizer_path, tmp_path):
+    for share in ("ffn", "block", "none"):
+        shape = shape_of(share=share)
+        write_model(tmp_path / "m.gguf", shape, weights_of(shape), load_tokenizer(tokenizer_path), False)
+        file = read_gguf(tmp_path / "m.gguf")
+        silent = {key: value for key, value in file.metadata.items() if not key.startswith("mobillama")}
+        write_gguf(tmp_path / "s.gguf", silent, list(file.tensors.values()))
+        assert read_model(tmp_path / "s.gguf").shape.share == share
+        assert read_model(tmp_path / "s.gguf", keep_copies=True).shape.share == "none"
+    shape = shape_of(share="ffn")
+    write_model(tmp_path / "m.gguf", shape, weights_of(shape), load_tokenizer(tokenizer_path), True)
+    with pytest.raises(UsageError, match="no copies to keep"):
+        read_model(tmp_path / "m.gguf", keep_copies=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -95,6 +110,11 @@ def test_copies_that_differ_are_refused_and_can_be_kept(tokenizer_path, tmp_path
         ({"llama.block_count": 1 << 31}, "2,147,483,648 layers"),
         ({"llama.block_count": 6}, r"no tensor 'blk\.5"),
         ({"mobillama.share": "everything"}, "share 'everything'"),
+        ({"mobillama.share": np.zeros(2, np.int32)}, "'mobillama.share' is a list"),
+        ({"general.architecture": ["llama", "llama"]}, "'general.architecture' is a list"),
+        ({"tokenizer.ggml.model": np.zeros(2, np.int32)}, "has a tokenizer of type"),
+        ({"tokenizer.ggml.tokens": np.arange(VOCAB, dtype=np.int32)}, "contradicts itself"),
+        ({"tokenizer.ggml.bos_token_id": ["1", "2"]}, "tokenizer is incomplete"),
         ({"llama.attention.head_count": "4"}, "not a number"),
         ({"llama.attention.head_count": 3}, "possible model"),
         ({"llama.feed_forward_length": 128}, r"has the shape \(96, 64\), not \(128, 64\)"),

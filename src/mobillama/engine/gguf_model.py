@@ -9,7 +9,7 @@ An *unshared* file is what stock llama.cpp loads. Names and metadata are llama.c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -37,6 +37,7 @@ _LAYER = {
     "attn_output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+_QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 _FFN = {"ffn_gate.weight": "gate_proj.weight", "ffn_up.weight": "up_proj.weight", "ffn_down.weight": "down_proj.weight"}
 
 
@@ -58,7 +59,7 @@ def stored_names(shape: ModelConfig) -> dict[str, str]:
 
 
 def _names(shape: ModelConfig, repeated: bool) -> dict[str, str]:
-    layer_names = {theirs: ours for theirs, ours in _LAYER.items() if shape.qk_norm or "_norm.weight" not in theirs[6:]}
+    layer_names = {theirs: ours for theirs, ours in _LAYER.items() if shape.qk_norm or theirs not in _QK_NORMS}
     names = {theirs: ours for theirs, ours in _OUTER.items() if theirs != "output.weight"}
     seen: set[tuple[str, int]] = set()
     for index, (layer, ffn) in enumerate(shape.layer_weights):
@@ -89,14 +90,15 @@ def weight_shape(name: str, shape: ModelConfig) -> tuple[int, ...]:
 def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
     """Open a GGUF file of a Llama: written by this project, shared or not, or by llama.cpp's tools.
 
-    Copies of what ``mobillama.share`` calls shared are compared and counted once.
+    Copies of what ``mobillama.share`` calls shared are compared and counted once; so are those in a file that does not say,
+    where all layers' networks, or whole blocks, are equal.
 
     Args:
         path: the file.
-        keep_copies: take the layers as they are stored, whatever ``mobillama.share`` says.
+        keep_copies: take the layers as they are stored, whatever they share.
 
     Raises:
-        UsageError: it is no GGUF of a Llama, or holds types that are not read here.
+        UsageError: it is no GGUF of a Llama, holds types that are not read here, or has no copies to keep.
         CorruptDataError: it is damaged, or what it calls shared differs between layers.
     """
     file = read_gguf(path)
@@ -108,6 +110,8 @@ def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
             f"{path}: tensor '{unknown[0]}' has no place in a Llama without biases; such models are not read"
         )
     missing = sorted(names.keys() - file.tensors.keys())
+    if missing and keep_copies and SHARE_KEY in file.metadata:
+        raise UsageError(f"{path}: stores once what layers share, so there are no copies to keep; leave out --unshared")
     if missing:
         raise CorruptDataError(f"{path}: holds no tensor '{missing[0]}'; fetch or export the file again")
     for theirs in file.tensors.keys() - names.keys():
@@ -224,30 +228,34 @@ def _shape_metadata(shape: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def _read_shape(file: GGUF, keep_copies: bool) -> ModelConfig:
-    path, stated = file.path, file.metadata
-    arch = stated.get("general.architecture")
+    path = file.path
+
+    def stated(key: str, default: Any = None) -> Any:
+        value = file.metadata.get(key, default)
+        if value is not None and not isinstance(value, str | int | float):
+            raise CorruptDataError(f"{path}: '{key}' is a list, not one value; fetch the file again")
+        return value
+
+    arch = stated("general.architecture")
     if arch not in ("llama", "qwen3"):
         raise UsageError(f"{path}: holds a model of architecture {arch!r:.40}; Llama models are read here")
 
     def fact(key: str, kind: type, default: Any = None) -> Any:
-        value = stated.get(f"{arch}.{key}", default)
+        value = stated(f"{arch}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise CorruptDataError(f"{path}: '{arch}.{key}' is {value!r:.40}, not a number; fetch the file again")
         return kind(value)
 
     for key in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
-        if stated.get(f"{arch}.{key}") not in (None, 0, "none"):
-            raise UsageError(
-                f"{path}: '{arch}.{key}' is {stated[f'{arch}.{key}']!r:.40}; such models are not read here"
-            )
+        if (value := stated(f"{arch}.{key}")) not in (None, 0, "none"):
+            raise UsageError(f"{path}: '{arch}.{key}' is {value!r:.40}; such models are not read here")
     heads, width, layers = (fact(key, int) for key in ("attention.head_count", "embedding_length", "block_count"))
-    share, groups = stated.get(SHARE_KEY, "none"), stated.get(GROUPS_KEY, 1)
+    share: Any
+    share, groups = ("none", 1) if keep_copies else (stated(SHARE_KEY), stated(GROUPS_KEY, 1))
+    share = _found_share(file, layers) if share is None else share
     most_layers = _MAX_LAYERS if share == "block" else len(file.tensors)
-    if (
-        share not in get_args(get_type_hints(ModelConfig)["share"])
-        or not isinstance(groups, int)
-        or layers > most_layers
-    ):
+    known = get_args(get_type_hints(ModelConfig)["share"])
+    if share not in known or not isinstance(groups, int) or layers > most_layers:
         raise CorruptDataError(
             f"{path}: states {layers:,} layers that share {share!r:.40} in {groups!r:.40} groups; fetch the file again"
         )
@@ -270,8 +278,8 @@ def _read_shape(file: GGUF, keep_copies: bool) -> ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=fact("attention.head_count_kv", int, heads),
             head_dim=None if head * heads == width else head,
-            share="none" if keep_copies else share,
-            ffn_groups=1 if keep_copies else groups,
+            share=share,
+            ffn_groups=groups,
             max_position_embeddings=fact("context_length", int, 2048),
             rms_norm_eps=eps,
             rope_theta=theta,
@@ -280,6 +288,23 @@ def _read_shape(file: GGUF, keep_copies: bool) -> ModelConfig:
         )
     except (UsageError, TypeError, ValueError) as error:
         raise CorruptDataError(f"{path}: states no possible model ({error}); fetch the file again") from None
+
+
+def _found_share(file: GGUF, layers: int) -> Any:
+    """Return what all layers of a file that does not say have in common, from a look up to the first difference."""
+
+    def equal(parts: Iterable[str]) -> bool:
+        names = [(f"blk.0.{part}", f"blk.{index}.{part}") for index in range(1, layers) for part in parts]
+        return all(
+            one in file.tensors
+            and other in file.tensors
+            and np.array_equal(file.tensors[one].rows, file.tensors[other].rows)
+            for one, other in names
+        )
+
+    if not 1 < layers <= len(file.tensors) or not equal(_FFN):
+        return "none"
+    return "block" if equal([name for name in _LAYER if f"blk.0.{name}" in file.tensors]) else "ffn"
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -322,7 +347,7 @@ def read_tokenizer(file: GGUF) -> JsonTokenizer:
     """
     stated = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     kind = stated.get("model")
-    if kind not in ("llama", "gpt2"):
+    if not isinstance(kind, str) or kind not in ("llama", "gpt2"):
         raise UsageError(f"{file.path}: has a tokenizer of type {kind!r:.40}; 'llama' and 'gpt2' are read here")
     template = stated.get("tokenizer.chat_template")
     try:
@@ -341,7 +366,7 @@ def read_tokenizer(file: GGUF) -> JsonTokenizer:
             add_space=bool(stated.get("add_space_prefix", True)),
             chat_template=template if isinstance(template, str) else None,
         )
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
         raise CorruptDataError(f"{file.path}: its tokenizer is incomplete ({error}); fetch the file again") from None
     return JsonTokenizer.from_vocabulary(vocabulary, file.path)
 

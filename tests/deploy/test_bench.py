@@ -40,6 +40,8 @@ def test_each_model_is_measured_in_the_engine_that_it_was_made_for(models):
     assert [each.path.name for each in contenders(paths, "torch", "/some/python")][-1] == "unshared.gguf"
     with pytest.raises(UsageError, match="none of the models was made for onnxruntime"):
         contenders(paths[:1], "onnxruntime", None)
+    with pytest.raises(UsageError, match="onnxruntime computes on the CPU"):
+        contenders(paths[:2], "auto", None, "cuda")
     with pytest.raises(UsageError, match="no such file"):
         contenders([models / "absent"], "auto", None)
     assert found[1].bytes == sum(file.stat().st_size for file in (models / "onnx").glob("model.onnx*"))
@@ -74,6 +76,7 @@ def test_a_process_that_ends_is_told_with_its_last_words(models, tmp_path):
 def test_threads_are_one_and_all_or_as_wanted():
     assert thread_counts([])[0] == 1
     assert thread_counts([1]) == (1,)
+    assert len(thread_counts([], "cuda")) == 1
     with pytest.raises(UsageError, match="cores"):
         thread_counts([100_000])
 

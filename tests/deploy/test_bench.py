@@ -62,9 +62,9 @@ def test_turns_give_speed_memory_and_latency_of_each(models):
         assert row["bytes_per_second"] == pytest.approx(row["read_bytes_per_token"] * speed["median"])
         assert row["memory_bytes_per_second"] > 1e8
     torch_row, onnx_row = rows
-    stored = 512 * 64 + 3 * 4 * 64 * 64 + 3 * 64 * 96  # the head, attention of three layers, one network
-    assert onnx_row["read_bytes_per_token"] == stored * (4 + 16 / 32) / 8
-    assert torch_row["read_bytes_per_token"] == 4 * (stored + 7 * 64)
+    head, layers = 512 * 64, 3 * 4 * 64 * 64 + 3 * 64 * 96  # attention of three layers, one network
+    assert onnx_row["read_bytes_per_token"] == (head * (8 + 16 / 32) + layers * (4 + 16 / 32)) / 8
+    assert torch_row["read_bytes_per_token"] == 4 * (head + layers + 7 * 64)
 
 
 def test_a_process_that_ends_is_told_with_its_last_words(models, tmp_path):

@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py tokens --benchmarks DIR --tokenizer LLAMA.model --out tokens.npz   # no GPU; minutes
     python benchmarks/evaluation.py measure --tokens tokens.npz                                        # one GPU
     python benchmarks/evaluation.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --limit 40
-    python benchmarks/evaluation.py gguf SmolLM2-135M-Instruct.Q4_1.gguf OUT     # a directory that both can read
+    mobillama import SmolLM2-135M-Instruct.Q4_1.gguf DIR                         # a model for --model
 
 ``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
 one machine, one after another: the whole suite through ours; a fixed sample of questions through both in bfloat16; a smaller
@@ -272,20 +272,6 @@ def _save(result: dict[str, Any], args: argparse.Namespace) -> None:
     write_json(args.results, {**known, f"{result['model']}, {result['device']}": result})
 
 
-def convert_gguf(args: argparse.Namespace) -> None:
-    """Write a GGUF file's model as a Hugging Face directory in float32, through transformers' own reader."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    place = {"pretrained_model_name_or_path": args.file.parent, "gguf_file": args.file.name}
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)  # the weights are not quantized any more
-    written = type(read)(type(read.config).from_dict(settings))
-    written.load_state_dict(read.state_dict())
-    written.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(args.out)
-
-
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -308,10 +294,6 @@ def main() -> None:
     verb.add_argument("--bfloat16", action="store_true", help="in bfloat16 on a CPU too")
     verb.add_argument("--results", type=Path, default=RESULTS)
     verb.set_defaults(run=measure)
-    verb = verbs.add_parser("gguf")
-    verb.add_argument("file", type=Path)
-    verb.add_argument("out", type=Path)
-    verb.set_defaults(run=convert_gguf)
     args = parser.parse_args()
     args.run(args)
 

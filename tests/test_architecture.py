@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "mobillama"
 FLOORS = [
     {"errors", "record", "recipe", "config", "console"},
     {"model"},
-    {"data", "directory", "hf", "engine"},
+    {"data", "directory", "hf", "engine", "importing"},
     {"train", "deploy"},
     {"evaluate"},
     {"report"},
@@ -66,6 +66,8 @@ def test_importing_the_package_is_light():
     assert loaded.isdisjoint({"torch", "transformers", "yaml", "rich", "sentencepiece"})
 
 
-def test_training_and_decoding_do_not_import_transformers():
-    loaded = loaded_modules("import mobillama.train.loop, mobillama.engine.torch_engine, mobillama.engine.load")
+def test_training_decoding_and_importing_do_not_import_transformers():
+    loaded = loaded_modules(
+        "import mobillama.train.loop, mobillama.engine.torch_engine, mobillama.engine.load, mobillama.importing.models"
+    )
     assert "transformers" not in loaded

@@ -168,9 +168,12 @@ def test_generate_chat_evaluate_and_export(model, data, tmp_path):
     words = ["evaluate", model, "--suite", "perplexity", "--data", data, "--out", tmp_path / "evals"]
     found = json.loads(run_cli(*words, "--baselines", "--json").stdout)
     assert 3 < found["results"][0]["holdout"]["bits_per_byte"] < 6 and len(found["baselines"]) == 4
-    parity = json.loads(run_cli("export", "hf", model, tmp_path / "twin", "--unshared").stdout)
+    parity = json.loads(run_cli("export", "hf", model, tmp_path / "twin", "--unshared").stdout)["parity"]
     assert parity["max_logit_error"] < 1e-4 and parity["top1_agreement"] == 1
     assert_one_line_error(run_cli("export", "hf", model, tmp_path / "twin"), 2, "exists")
+    done = run_cli("export", "gguf", model, tmp_path / "m.gguf", "--type", "q8_0")
+    assert "same likeliest token" in done.stderr and "Q8_0" in json.loads(done.stdout)["types"]
+    assert_one_line_error(run_cli("export", "gguf", model, tmp_path / "m.gguf"), 2, "exists")
 
 
 def test_changed_weights_exit_4_and_wrong_words_exit_2(model):

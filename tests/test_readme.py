@@ -20,7 +20,17 @@ def tool():
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "data-speed", "corpus-table", "corpus-proofs", "data-plan", "evaluation-speed", "evaluation-scores"],
+    [
+        "quickstart",
+        "data-speed",
+        "corpus-table",
+        "corpus-proofs",
+        "data-plan",
+        "evaluation-speed",
+        "evaluation-scores",
+        "gguf-parity",
+        "fuzz",
+    ],
 )
 def test_tables_are_generated_from_the_recorded_results(name):
     path, block = tool().BLOCKS[name]

@@ -311,6 +311,72 @@ def _said(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else str(value)[:12]
 
 
+def gguf_parity() -> str:
+    """Return what each type of GGUF file costs, in our reader and in llama.cpp."""
+    lines = [
+        "| model · type (head) | unshared file, MB | llama.cpp beside the model: same likeliest token | KL, nats/token "
+        "| bits per byte | rounding alone (torch): same | KL | the engine alone: same | KL |",
+        "|---|" + "---:|" * 8,
+    ]
+    stamps, tokens, ids = [], 0, []
+    for model, result in load("parity").items():
+        for kind, facts in result["types"].items():
+            cells = []
+            if llama := facts.get("llama_cpp"):
+                cost = llama["bits_per_byte_copy"] / llama["bits_per_byte_model"] - 1
+                cells += [f"{llama['top1_agreement']:.2%}", f"{llama['kl_nats_per_token']:.1e}", f"{cost:+.2%}"]
+                same, texts = facts["texts_with_the_same_ids"]
+                ids.append(f"{model}: {same} of {texts} passages")
+            else:
+                cells += ["", "", ""]
+            for name in ("torch", "llama_cpp_on_the_same_numbers"):
+                its = facts.get(name)
+                cells += [f"{its['top1_agreement']:.2%}", f"{its['kl_nats_per_token']:.1e}"] if its else ["", ""]
+            tokens = facts["torch"]["tokens"]
+            lines.append(f"| {model} · {kind} ({facts['head']}) | {facts['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
+        stamps.append(_measured(result["environment"], "torch"))
+    shapes = load("parity-shapes")["shapes"]
+    worst = {
+        kind: max(its["kl_nats_per_token"] for name, its in shapes.items() if name.endswith(kind))
+        for kind in ("f32", "q4_0")
+    }
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Teacher-forced on {tokens:,} tokens of the sample corpus. Tokenized alike by llama.cpp and us: "
+            f"{'; '.join(dict.fromkeys(ids))}. Every kind of shape ({len(shapes) // 2} random models: sharing of each kind, grouped "
+            f"heads, tied head, QK-norm, free head width) loads in stock llama.cpp; from torch on the same numbers it is at most "
+            f"{worst['f32']:.0e} nats/token in F32, {worst['q4_0']:.0e} in Q4_0, for which llama.cpp rounds activations to eight "
+            f"bits. `python benchmarks/parity.py`; {'; '.join(dict.fromkeys(stamps))}.",
+        ]
+    )
+
+
+def fuzz() -> str:
+    """Return what became of files with mutated headers."""
+    result = load("fuzz")
+    lines = ["| reader | files tried | refused | still readable | failures | slowest | Python allocated at most |"]
+    lines.append("|---|" + "---:|" * 6)
+    for name, facts in result["readers"].items():
+        counts = facts["outcomes"]
+        refused = sum(count for outcome, count in counts.items() if outcome not in ("read", "failure"))
+        lines.append(
+            f"| {name} | {facts['mutations']:,} | {refused:,} | {counts.get('read', 0):,} | {counts.get('failure', 0)} "
+            f"| {facts['slowest_seconds']:.2f} s | {facts['most_bytes'] / 2**10:.0f} KiB |"
+        )
+    sizes = [size for name, size in result["seed_files"].items() if name.endswith((".gguf", ".safetensors"))]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"A failure is another error than ours, more than two seconds, or more memory than twice the file; the files mutated "
+            f"have {min(sizes) / 2**10:.0f}–{max(sizes) / 2**10:.0f} KiB. `python benchmarks/fuzz.py`; "
+            f"{_measured(result['environment'])}.",
+        ]
+    )
+
+
 def _measured(environment: dict[str, Any], *packages: str) -> str:
     """Return machine, versions of some packages, date and commit, with the + of a checkout that differed from it."""
     commit = environment["commit"]
@@ -330,6 +396,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "data-plan": (ROOT / "docs" / "data.md", data_plan),
     "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),
     "evaluation-scores": (ROOT / "docs" / "evaluation.md", evaluation_scores),
+    "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
+    "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
 }
 
 

@@ -51,7 +51,6 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.d
         "auto_map": AUTO_MAP,
         **asdict(config),
         **special,
-        "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -53,6 +53,8 @@ class ModelConfig:
     """Divide the initial output projections of attention and feed-forward by sqrt(2 L) (not in the paper)."""
     qk_norm: bool = False
     """Normalise each head's queries and keys before they are rotated (RMSNorm; not in the paper)."""
+    tie_word_embeddings: bool = False
+    """Let the head be the embedding table, as many small models do (the paper's are untied)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

@@ -26,6 +26,7 @@ SHAPES = [
     {"share": "none", "num_key_value_heads": 1, "head_dim": 20},
     {"share": "ffn", "rms_norm_eps": 1e-3, "rope_theta": 500.0},
     {"share": "ffn", "qk_norm": True, "num_key_value_heads": 2},
+    {"share": "ffn", "tie_word_embeddings": True},
 ]
 
 
@@ -39,7 +40,7 @@ def wrapped(**changes) -> tuple[MobiLlamaForCausalLM, MobiLlama]:
     model = MobiLlama(config)
     initialise(model, config, 0)
     outer = MobiLlamaForCausalLM(MobiLlamaConfig(**asdict(config)))
-    outer.load_state_dict(model.state_dict())
+    outer.load_state_dict(model.state_dict(), strict=not config.tie_word_embeddings)
     return outer.eval(), model.eval()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -159,3 +160,21 @@ def test_later_tokens_never_change_earlier_logits():
     changed[0, 10:] = (ids[0, 10:] + 1) % 61
     with torch.no_grad():
         assert torch.equal(model(ids)[:, :10], model(changed)[:, :10])
+
+
+def test_a_tied_head_is_the_embedding_table_stored_once_and_still_tied_after_loading():
+    config = small(tie_word_embeddings=True)
+    model = built(config)
+    state = model.state_dict()
+    assert "lm_head.weight" not in state
+    assert sum(tensor.numel() for tensor in state.values()) == model_cost(config).stored_parameters
+    assert model_cost(small()).stored_parameters - model_cost(config).stored_parameters == 61 * 48
+    with torch.device("meta"):
+        loaded = MobiLlama(config)
+    loaded.load_state_dict(state, assign=True)
+    for twin in (loaded, copy.deepcopy(model)):
+        assert twin.lm_head.weight is twin.model.embed_tokens.weight is not model.lm_head.weight
+        ids = torch.randint(0, 61, (1, 9))
+        assert torch.equal(twin(ids), model(ids))
+        twin.to(torch.float64)
+        assert twin.lm_head.weight is twin.model.embed_tokens.weight

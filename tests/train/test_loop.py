@@ -60,6 +60,18 @@ def assert_same_bits(one: Path, other: Path, same_cadence: bool = True) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
+class StopAt(Silent):
+    """Sends its own process SIGTERM after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_record(self, record):
+        if record["step"] == self.step and record["kind"] == "step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_run_learns_and_leaves_a_self_contained_directory(recipe_file, tmp_path):
     pretrain(recipe_of(recipe_file, "--train.steps", "60", "--train.validate_every", "30"), Silent())
     run = tmp_path / "run"
@@ -84,18 +96,24 @@ def test_accumulation_gives_the_same_step_as_one_large_micro_batch(recipe_file, 
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_a_tied_head_learns_is_stored_once_and_resumes_bit_identically(recipe_file, tmp_path):
+    tied = ("--model.tie_word_embeddings", "true")
+    pretrain(recipe_of(recipe_file, *tied), Silent())
+    other = recipe_of(recipe_file, *tied, "--run", str(tmp_path / "other"))
+    with pytest.raises(Stopped, match="saved after step 5"):
+        pretrain(other, StopAt(5))
+    pretrain(other, Silent())
+    assert_same_bits(tmp_path / "other", tmp_path / "run", same_cadence=False)
+    series, tensors = outcome(tmp_path / "run")
+    assert not any("lm_head" in name for name in tensors)
+    assert series[-1]["loss"] < 6.2
+    model = load_model(list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1] / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_two_resumes_in_a_row_across_an_epoch_border_are_bit_identical(recipe_file, data, tmp_path):
     steps = Dataset(data).size // 8 + 8  # the last steps are in the second epoch
     pretrain(recipe_of(recipe_file, "--train.steps", str(steps)), Silent())
-
-    class StopAt(Silent):
-        def __init__(self, step: int) -> None:
-            super().__init__()
-            self.step = step
-
-        def on_record(self, record):
-            if record["step"] == self.step and record["kind"] == "step":
-                os.kill(os.getpid(), signal.SIGTERM)
 
     second = recipe_of(recipe_file, "--train.steps", str(steps), "--run", str(tmp_path / "second"))
     for stop in (3, steps - 4):

@@ -1,14 +1,13 @@
-"""Verbs that use a model: export, generate, chat."""
+"""Verbs that use a model: generate, chat."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobillama.cli.verbs import add_group, add_verb
+from mobillama.cli.verbs import add_verb
 from mobillama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
-    group = add_group(verbs, "export", "write a model for other tools")
-    verb = add_verb(group, "hf", _export_hf, "a Hugging Face directory, checked against the original")
-    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
-    verb.add_argument("out", type=Path, help="the directory to make")
-    verb.add_argument("--unshared", action="store_true", help="a plain Llama that loads without mobillama installed")
-
     verb = add_verb(verbs, "generate", _generate, "continue a text")
     verb.add_argument("model", type=Path, help="a model directory")
     verb.add_argument("--prompt", required=True, help="the text to continue")
@@ -40,13 +33,6 @@ def _add_sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (default: %(default)s)")
     verb.add_argument("--top-p", type=float, default=0.95, help="draw among this share (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-
-
-def _export_hf(args: argparse.Namespace) -> None:
-    from mobillama.deploy.hf import export_hf
-
-    parity = export_hf(args.model, args.out, args.unshared)
-    print(json.dumps({"out": str(args.out), **parity}))
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

@@ -21,15 +21,26 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mobillama.data.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    Vocabulary,
+    describe,
+    describe_config,
+    vocabulary_of,
+)
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.record.files import read_json, replaced_file, write_json
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "▁"
 
 
 class Tokenizer(Protocol):
@@ -51,6 +62,15 @@ class Tokenizer(Protocol):
     @property
     def token_bytes(self) -> list[bytes]:
         """The bytes each id stands for; special tokens stand for none."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What defines the tokenizer.
+
+        Raises:
+            UsageError: it is of a type that is not known.
+        """
         ...
 
 
@@ -97,7 +117,7 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def _words(self) -> WordCache | None:
         pieces = [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
-        apart = not any(_SPACE in piece.lstrip(_SPACE) or ("\n" in piece and piece != "\n") for piece in pieces)
+        apart = not any(SPACE in piece.lstrip(SPACE) or ("\n" in piece and piece != "\n") for piece in pieces)
         return WordCache(self) if apart and _is_plain_bpe(self.processor) else None
 
     @functools.cached_property
@@ -109,6 +129,36 @@ class SentencePieceTokenizer:
             for i in range(self.vocab_size)
         ]
 
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What defines the tokenizer.
+
+        Raises:
+            UsageError: the model is of another type (unigram, or one that normalises text).
+        """
+        processor, ids = self.processor, range(self.vocab_size)
+        if not _is_plain_bpe(processor):
+            raise UsageError(f"{self.path}: not a LLaMA-type BPE model (it normalises text or is no BPE)")
+        kinds = [
+            CONTROL
+            if processor.is_control(i)
+            else UNKNOWN
+            if processor.is_unknown(i)
+            else BYTE
+            if processor.is_byte(i)
+            else NORMAL
+            for i in ids
+        ]
+        pieces, scores = [processor.id_to_piece(i) for i in ids], [processor.get_score(i) for i in ids]
+        special = self.bos_id, self.eos_id, processor.unk_id()
+        config = _config_beside(self.path)
+        return Vocabulary("llama", pieces, kinds, scores, [], "", *special, chat_template=config.get("chat_template"))
+
+    @functools.cached_property  # a run's checkpoints all carry it
+    def description(self) -> dict[str, Any]:
+        """The ``tokenizer.json`` that gives the same ids for every text."""
+        return describe(self.vocabulary)
+
 
 class WordCache:
     """Exact encoding with a LLaMA-type BPE, in which a word that was met before costs a look-up.
@@ -118,7 +168,7 @@ class WordCache:
     alike wherever it stands. sentencepiece puts a space before what it encodes; it stands for the first one of the run.
     """
 
-    _WORD = re.compile(f"[ {_SPACE}]+[^ {_SPACE}\n]*|\n[^ {_SPACE}\n]*")
+    _WORD = re.compile(f"[ {SPACE}]+[^ {SPACE}\n]*|\n[^ {SPACE}\n]*")
     _MAX_WORDS = 1 << 19
     _MAX_BYTES = 128
     _SLICE = 1 << 22
@@ -127,8 +177,8 @@ class WordCache:
         self._processor = tokenizer.processor
         self._dtype = id_type(tokenizer.vocab_size)
         # A space before a line feed or the end: sentencepiece puts none before nothing.
-        lone_space = np.array([tokenizer.processor.piece_to_id(_SPACE)], self._dtype).tobytes()
-        self._first = {" ": lone_space, _SPACE: lone_space}
+        lone_space = np.array([tokenizer.processor.piece_to_id(SPACE)], self._dtype).tobytes()
+        self._first = {" ": lone_space, SPACE: lone_space}
         self._words = dict(self._first)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
@@ -182,12 +232,37 @@ class JsonTokenizer:
     """A Hugging Face ``tokenizer.json``: byte-level BPE, or LLaMA-type BPE with byte pieces."""
 
     def __init__(self, path: Path) -> None:
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise CorruptDataError(f"{path}: not a tokenizer.json ({error})") from None
+        self._open(path, description, _config_beside(path))
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary, path: Path) -> JsonTokenizer:
+        """Return the tokenizer of a vocabulary that the file ``path``, of another kind, states.
+
+        Raises:
+            UsageError: it is of a type that is not known.
+            CorruptDataError: it contradicts itself.
+        """
+        try:
+            description = describe(vocabulary)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CorruptDataError(f"{path}: its vocabulary contradicts itself ({error}); fetch it again") from None
+        made = cls.__new__(cls)
+        made._open(path, description, describe_config(vocabulary))
+        made.vocabulary = vocabulary
+        return made
+
+    def _open(self, path: Path, description: dict[str, Any], config: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.path = path
+        self.path, self._description, self._config = path, description, config
         try:
-            self.backend = Backend.from_file(str(path))
-            self._description = json.loads(path.read_text(encoding="utf-8"))
+            self.backend = Backend.from_str(json.dumps(description))
         except Exception as error:  # tokenizers raises bare Exception
             raise CorruptDataError(f"{path}: not a tokenizer.json ({error})") from None
         self.backend.encode_special_tokens = True
@@ -216,13 +291,47 @@ class JsonTokenizer:
         convert = _byte_level_bytes if '"ByteLevel"' in json.dumps(self._description.get("decoder")) else _piece_bytes
         return [b"" if i in self._specials else convert(piece) for i, piece in enumerate(pieces)]
 
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What defines the tokenizer.
+
+        Raises:
+            UsageError: it is of a type that is not known.
+        """
+        try:
+            return vocabulary_of(self._description, self._config, self.bos_id, self.eos_id)
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}") from None
+
+    def save(self, directory: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``: the same bytes where they were read from such files."""
+        contents = {JSON_FILE: self._description, CONFIG_FILE: self._config}
+        for name, content in contents.items():
+            given = self.path if name == JSON_FILE else self.path.with_name(name)
+            if self.path.suffix != ".json":
+                write_json(directory / name, content)
+            elif given.is_file():
+                shutil.copyfile(given, directory / name)
+        if self.path.suffix == ".json" and (given := self.path.with_name(TEMPLATE_FILE)).is_file():
+            shutil.copyfile(given, directory / TEMPLATE_FILE)
+
     def _find_special(self, name: str) -> int | None:
-        config = self.path.with_name(CONFIG_FILE)
-        token = read_json(config).get(name) if config.is_file() else None
+        token = self._config.get(name)
         if token is None and name == "eos_token":
             token = next((t for t in ("</s>", "<|endoftext|>") if self.backend.token_to_id(t) is not None), None)
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self.backend.token_to_id(content)
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return what ``tokenizer_config.json`` beside a tokenizer states, ``chat_template`` from its own file where it has one."""
+    config = read_json(path.with_name(CONFIG_FILE)) if path.with_name(CONFIG_FILE).is_file() else {}
+    template = path.with_name(TEMPLATE_FILE)
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    elif isinstance(named := config.get("chat_template"), list):
+        config["chat_template"] = next((its["template"] for its in named if its.get("name") == "default"), None)
+    return config
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -331,59 +440,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.path, directory / MODEL_FILE)
-        write_json(directory / JSON_FILE, _fast_description(tokenizer))
-        names = {
-            "bos_token": tokenizer.processor.id_to_piece(tokenizer.bos_id) if tokenizer.bos_id is not None else None,
-            "eos_token": tokenizer.processor.id_to_piece(tokenizer.eos_id),
-            "unk_token": tokenizer.processor.id_to_piece(tokenizer.processor.unk_id()),
-        }
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        config["clean_up_tokenization_spaces"] = False
-        write_json(directory / CONFIG_FILE, config)
-        return
-    for name in (JSON_FILE, CONFIG_FILE):
-        given = tokenizer.path.with_name(name) if name == CONFIG_FILE else tokenizer.path
-        if given.is_file():
-            shutil.copyfile(given, directory / name)
-
-
-@functools.cache  # a run's checkpoints all carry it
-def _fast_description(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """Return the tokenizer.json of a LLaMA-type sentencepiece model: the same ids for every text.
-
-    sentencepiece merges the pair whose product has the best score, leftmost first; so merges are ranked by the score of
-    their product.
-
-    Raises:
-        UsageError: the model is of another type (unigram, or one that normalises text).
-    """
-    processor, size = tokenizer.processor, tokenizer.vocab_size
-    special = [i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)]
-    plain = [i for i in range(size) if i not in set(special) and not processor.is_byte(i)]
-    pieces = [processor.id_to_piece(i) for i in range(size)]
-    if not _is_plain_bpe(processor):
-        raise UsageError(f"{tokenizer.path}: not a LLaMA-type BPE model (it normalises text or is no BPE)")
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    ranked: list[tuple[float, int, str, str]] = []
-    for i in plain:
-        piece = pieces[i]
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        ranked += [
-            (-processor.get_score(i), i, left, right) for left, right in splits if left in vocab and right in vocab
-        ]
-    ranked.sort(key=lambda merge: merge[:2])
-    from tokenizers import AddedToken, decoders, models, normalizers
-    from tokenizers import Tokenizer as Backend
-
-    merges = [(left, right) for _, _, left, right in ranked]
-    unknown = pieces[processor.unk_id()]
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i in special])
-    return dict(json.loads(backend.to_str()))
+        write_json(directory / JSON_FILE, tokenizer.description)
+        write_json(directory / CONFIG_FILE, describe_config(tokenizer.vocabulary))
+    else:
+        assert isinstance(tokenizer, JsonTokenizer)
+        tokenizer.save(directory)
 
 
 def _is_plain_bpe(processor: Any) -> bool:
@@ -396,7 +457,7 @@ def _is_plain_bpe(processor: Any) -> bool:
 
 def _piece_bytes(piece: str) -> bytes:
     byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
 @functools.cache

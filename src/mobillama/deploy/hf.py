@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,32 @@ from transformers.utils import logging
 
 import mobillama.hf  # noqa: F401 registers the Auto classes
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
+from mobillama.deploy.parity import compare, passages, torch_logits
 from mobillama.directory import load_model, save_model
-from mobillama.errors import VerificationError
 from mobillama.hf.unshare import unshare
-from mobillama.record.files import new_directory
+from mobillama.record.files import new_directory, write_json
 
-TOLERANCE = 1e-4
+PARITY_FILE = "parity.json"
+MOST_KL = 1e-6  # nats a token: the same numbers, added up in another order
 
 
-def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
-    """Write ``source`` as a Hugging Face directory, reload it with transformers, and compare logits.
+def export_hf(
+    source: Path, out: Path, unshared: bool, show: Callable[[str, float, float], None] = lambda stage, done, total: None
+) -> dict[str, Any]:
+    """Write ``source`` as a Hugging Face directory, reload it with transformers, and compare logits on real text.
 
     Args:
+        source: a model directory.
+        out: the directory to make; the figures are recorded in its ``parity.json``.
         unshared: write stock Llama (the shared network copied into every layer).
+        show: told the progress.
 
     Returns:
-        File size in bytes, the largest logit difference, and the share of equal likeliest tokens.
+        What is recorded: bytes of weights, and the figures of :class:`mobillama.deploy.parity.Parity`.
 
     Raises:
         UsageError: ``out`` exists, or ``source`` is no model directory.
-        VerificationError: the reloaded model computes something else.
+        VerificationError: the reloaded model computes something else; nothing is kept.
     """
     logging.disable_progress_bar()  # an export is one stage of ours, not four of theirs
     with new_directory(out) as work:
@@ -44,17 +51,12 @@ def export_hf(source: Path, out: Path, unshared: bool) -> dict[str, Any]:
             save_tokenizer(tokenizer, work)
         else:
             save_model(work, model.model.shape, model.state_dict(), tokenizer)
-        parity = _parity(model, work)
-    return {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")), **parity}
-
-
-@torch.no_grad()
-def _parity(model: torch.nn.Module, directory: Path) -> dict[str, float]:
-    reloaded = AutoModelForCausalLM.from_pretrained(directory).eval()
-    vocab_size = reloaded.config.vocab_size
-    ids = torch.randint(0, vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    ours, theirs = model(ids).float(), reloaded(ids).logits.float()
-    error = float((ours - theirs).abs().max())
-    if not error <= TOLERANCE * max(1.0, float(ours.abs().max())):
-        raise VerificationError(f"{directory}: logits of the reloaded export differ by {error}; please report this")
-    return {"max_logit_error": error, "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())}
+        copy = AutoModelForCausalLM.from_pretrained(work, dtype=torch.float32).eval()
+        rows = passages(tokenizer, model.model.shape.max_position_embeddings)
+        ours, theirs = torch_logits(model.float()), torch_logits(lambda ids: copy(ids).logits)
+        parity = compare(ours, theirs, rows, tokenizer, show)
+        parity.require(out, MOST_KL)
+        size = sum(file.stat().st_size for file in work.glob("*.safetensors"))
+        facts = {"format": "hf", "shared": not unshared, "bytes": size, "parity": parity.record()}
+        write_json(work / PARITY_FILE, facts)
+    return facts

@@ -23,7 +23,7 @@ class MobiLlamaConfig(PreTrainedConfig):
         for name, value in asdict(shape).items():
             setattr(self, name, value)
         settings.setdefault("auto_map", AUTO_MAP)
-        settings.setdefault("tie_word_embeddings", False)
+        settings["tie_word_embeddings"] = shape.tie_word_embeddings
         super().__init__(**settings)
 
     @property

@@ -25,6 +25,7 @@ class MobiLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012 transformers declares it so
     _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     supports_gradient_checkpointing = False
 
     def __init__(self, config: MobiLlamaConfig) -> None:

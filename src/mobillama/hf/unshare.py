@@ -13,7 +13,8 @@ from mobillama.recipe import ModelConfig
 
 def unshare_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return Llama's state dict: ``model.ffns.G.*`` copied to ``model.layers.I.mlp.*`` of every layer I that uses it."""
-    twin = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    twin = {name: weights[name] for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    twin["lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     for index, (layer, ffn) in enumerate(config.layer_weights):
         for ours, theirs in ((f"model.layers.{layer}.", ""), (f"model.ffns.{ffn}.", "mlp.")):
             part = {name.removeprefix(ours): tensor for name, tensor in weights.items() if name.startswith(ours)}
@@ -26,7 +27,7 @@ def unshare(weights: dict[str, Tensor], config: ModelConfig) -> PreTrainedModel:
 
     With QK-norm it is stock ``Qwen3ForCausalLM``, a Llama that has it too.
     """
-    dtype = weights["lm_head.weight"].dtype
+    dtype = weights["model.embed_tokens.weight"].dtype
     twin = AutoModelForCausalLM.from_config(stock_config(config), dtype=dtype)
     with torch.no_grad():
         twin.load_state_dict(unshare_weights(weights, config))
@@ -47,7 +48,7 @@ def stock_config(config: ModelConfig) -> Any:
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=False,
+        tie_word_embeddings=config.tie_word_embeddings,
         attention_bias=False,
         mlp_bias=False,
     )

@@ -50,8 +50,8 @@ class Cost:
 def model_cost(config: ModelConfig, context: int | None = None) -> Cost:
     """Return the costs of ``config`` at ``context`` tokens (default: its full context).
 
-    Stored parameters: P = 2·V·h + L_attn·(2·h·H·d + 2·h·K·d) + L_ffn·3·h·I + norms, with L_attn and L_ffn the numbers of
-    stored blocks; training counts 6 FLOPs per applied multiply-add and 12·L·H·d·context for full attention.
+    Stored parameters: P = 2·V·h (V·h if tied) + L_attn·(2·h·H·d + 2·h·K·d) + L_ffn·3·h·I + norms, with L_attn and L_ffn
+    the numbers of stored blocks; training counts 6 FLOPs per applied multiply-add and 12·L·H·d·context for full attention.
     """
     tokens = context or config.max_position_embeddings
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -63,9 +63,10 @@ def model_cost(config: ModelConfig, context: int | None = None) -> Cost:
     stored_layers = len({layer for layer, _ in config.layer_weights})
     stored_ffns = len({index for _, index in config.layer_weights})
     stored_matrices = stored_layers * attention + stored_ffns * ffn + table
+    look_up = 0 if config.tie_word_embeddings else table
     norms = 2 * width + (2 * config.attention_head_dim if config.qk_norm else 0)
-    stored = stored_matrices + table + stored_layers * norms + width
-    applied = 2 * table + layers * (attention + ffn + norms) + width
+    stored = stored_matrices + look_up + stored_layers * norms + width
+    applied = table + look_up + layers * (attention + ffn + norms) + width
     matmul = layers * (attention + ffn) + table
     attention_full = 4 * layers * query_width * tokens
     return Cost(

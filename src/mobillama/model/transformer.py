@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +123,14 @@ class Decoder(nn.Module):
 
 
 class MobiLlama(nn.Module):
-    """The decoder with its untied head."""
+    """The decoder with its head, which is a matrix of its own or the embedding table."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            tie_head(self)
 
     def forward(
         self, input_ids: Optional[Tensor] = None, *, last_only: bool = False, **inputs: Optional[Tensor]
@@ -136,6 +138,27 @@ class MobiLlama(nn.Module):
         """Return logits (b, t, vocabulary), or (b, 1, vocabulary) of the last token; ``inputs`` are the decoder's."""
         hidden_btc = self.model(input_ids, **inputs)
         return self.lm_head(hidden_btc[:, -1:] if last_only else hidden_btc)
+
+
+def tie_head(model: nn.Module) -> None:
+    """Make the head's matrix and the embedding table one parameter, which a state dict holds once, as the table."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+
+    def tie(module: Any, *unused: object) -> None:
+        module.lm_head.weight = module.model.embed_tokens.weight
+
+    def leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: object) -> None:
+        state.pop(prefix + head, None)
+
+    def fill_in(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: object) -> None:
+        if prefix + table in state:
+            state[prefix + head] = state[prefix + table]
+
+    tie(model)
+    hooks: Any = model  # torch types them not
+    hooks.register_state_dict_post_hook(leave_out)
+    hooks.register_load_state_dict_pre_hook(fill_in)
+    hooks.register_load_state_dict_post_hook(tie)  # what is assigned to two names comes apart
 
 
 def default_positions(

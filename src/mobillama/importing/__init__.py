@@ -1,0 +1,1 @@
+"""Models from elsewhere: read, checked, stored once. Imports no transformers."""

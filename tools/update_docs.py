@@ -318,7 +318,9 @@ def gguf_parity() -> str:
         "| bits per byte | rounding alone (torch): same | KL | the engine alone: same | KL |",
         "|---|" + "---:|" * 8,
     ]
-    stamps, tokens, ids = [], 0, []
+    stamps: list[str] = []
+    tokens: dict[str, int] = {}
+    ids: list[str] = []
     for model, result in load("parity").items():
         for kind, facts in result["types"].items():
             cells = []
@@ -332,7 +334,7 @@ def gguf_parity() -> str:
             for name in ("torch", "llama_cpp_on_the_same_numbers"):
                 its = facts.get(name)
                 cells += [f"{its['top1_agreement']:.2%}", f"{its['kl_nats_per_token']:.1e}"] if its else ["", ""]
-            tokens = facts["torch"]["tokens"]
+            tokens[model] = facts["torch"]["tokens"]
             lines.append(f"| {model} · {kind} ({facts['head']}) | {facts['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
         stamps.append(_measured(result["environment"], "torch"))
     shapes = load("parity-shapes")["shapes"]
@@ -344,7 +346,7 @@ def gguf_parity() -> str:
         [
             *lines,
             "",
-            f"Teacher-forced on {tokens:,} tokens of the sample corpus. Tokenized alike by llama.cpp and us: "
+            f"Teacher-forced on real text, {', '.join(f'{model}: {count:,} tokens' for model, count in tokens.items())}. Tokenized alike by llama.cpp and us: "
             f"{'; '.join(dict.fromkeys(ids))}. Every kind of shape ({len(shapes) // 2} random models: sharing of each kind, grouped "
             f"heads, tied head, QK-norm, free head width) loads in stock llama.cpp; from torch on the same numbers it is at most "
             f"{worst['f32']:.0e} nats/token in F32, {worst['q4_0']:.0e} in Q4_0, for which llama.cpp rounds activations to eight "

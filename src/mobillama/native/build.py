@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -34,43 +35,56 @@ class CannotBuild(Exception):
     """There is no compiler, or it does not compile this; the message says which, in one line."""
 
 
-def library_name(machine: str | None = None) -> str:
-    """Return the file name of the library that these sources make for a kind of processor (absent: this one)."""
-    digest = hashlib.sha256(repr([_COMMON, _LINK, _kernels(machine)]).encode())
+def library_name() -> str:
+    """Return the file name of the library that these sources make for this kind of processor."""
+    digest = hashlib.sha256(repr([_COMMON, _LINK, _kernels()]).encode())
     for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.read_bytes())
     return f"libmobillama-{digest.hexdigest()[:16]}.so"
 
 
-def build(directory: Path, compiler: str | None = None, machine: str | None = None) -> Path:
+def build(directory: Path) -> Path:
     """Compile the library into a directory, whole or not at all; return its path.
-
-    Args:
-        directory: where it goes; made if missing.
-        compiler: the command to call; absent: the machine's.
-        machine: the kind of processor that the compiler compiles for, as Python's ``platform.machine`` names it.
 
     Raises:
         CannotBuild: there is no compiler, or it fails.
         OSError: the directory cannot be written.
     """
-    command = shlex.split(compiler) if compiler else _compiler()
+    command = _compiler()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as work:
-        jobs = [["model.cpp", "-o", f"{work}/model.o"]]
-        for name, flags in _kernels(machine).items():
-            jobs.append(["kernels.cpp", f"-DKERNELS={name}", *flags.split(), "-o", f"{work}/{name}.o"])
-        started = [_start([*command, *_COMMON, "-c", *job]) for job in jobs]
-        for process in started:
-            _finish(process)
-        library = f"{work}/library.so"
-        _finish(_start([*command, *(job[-1] for job in jobs), *_LINK, "-o", library]))
-        path = directory / library_name(machine)
+        objects = compile_objects(command, Path(work), SOURCES / "model.cpp")
+        library = Path(work) / "library.so"
+        run_all([[*command, *map(str, objects), *_LINK, "-o", str(library)]])
+        path = directory / library_name()
         os.replace(library, path)
     return path
 
 
-def _kernels(machine: str | None) -> dict[str, str]:
+def compile_objects(
+    command: list[str], work: Path, main: Path, machine: str | None = None, flags: Sequence[str] = ()
+) -> list[Path]:
+    """Compile each set of kernels, and the file that holds or includes the rest; return the object files.
+
+    Args:
+        command: the compiler.
+        work: where the object files go.
+        main: model.cpp, or a program that includes it.
+        machine: the kind of processor that is compiled for, as ``platform.machine`` names it; absent: this one.
+        flags: more to tell the compiler.
+
+    Raises:
+        CannotBuild: the compiler fails.
+    """
+    jobs = {"main": [str(main)]}
+    for name, flags in _kernels(machine).items():
+        jobs[name] = ["kernels.cpp", f"-DKERNELS={name}", *flags.split()]
+    objects = {name: work / f"{name}.o" for name in jobs}
+    run_all([[*command, *_COMMON, *flags, "-I.", "-c", *job, "-o", str(objects[name])] for name, job in jobs.items()])
+    return list(objects.values())
+
+
+def _kernels(machine: str | None = None) -> dict[str, str]:
     return _KERNELS.get((machine or platform.machine()).lower(), {}) | {"portable": ""}
 
 
@@ -83,15 +97,21 @@ def _compiler() -> list[str]:
     raise CannotBuild("no C++ compiler was found; install g++ or clang++, or name one in CXX")
 
 
-def _start(words: list[str]) -> subprocess.Popen[str]:
+def run_all(commands: list[list[str]]) -> None:
+    """Run compilers side by side among the sources.
+
+    Raises:
+        CannotBuild: one cannot be run or fails.
+    """
     try:
-        return subprocess.Popen(words, cwd=SOURCES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+        started = [
+            subprocess.Popen(words, cwd=SOURCES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+            for words in commands
+        ]
     except OSError as error:
-        raise CannotBuild(f"the compiler '{words[0]}' cannot be run ({error.strerror})") from None
-
-
-def _finish(process: subprocess.Popen[str]) -> None:
-    said = process.communicate()[0].strip().splitlines()
-    if process.returncode:
-        first = next((line for line in said if "error" in line), said[0] if said else "without a word")
-        raise CannotBuild(f"the C++ compiler failed: {first[:200]}")
+        raise CannotBuild(f"the compiler '{commands[0][0]}' cannot be run ({error.strerror})") from None
+    for process in started:
+        said = process.communicate()[0].strip().splitlines()
+        if process.returncode:
+            first = next((line for line in said if "error" in line), said[0] if said else "without a word")
+            raise CannotBuild(f"the C++ compiler failed: {first[:200]}")

@@ -14,6 +14,9 @@
 #include "simd_portable.h"
 #endif
 
+// Sums that live across a loop stay in registers only where the loops over them are unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace {
 
 // e^x; the remainder to the nearest power of two is within ±ln(2)/2, where six terms reach float's precision.
@@ -41,7 +44,7 @@ inline void store_part(float* p, V a, int n) {
 
 struct Q4 {
     static constexpr Kind kind = Q4_0;
-    static constexpr int bias = -8;
+    static I start(const Activations& x) { return seti(x.minus_eight_sums); }
     static Bytes codes(const uint8_t* p, int four) {
         const Bytes both = load_bytes(p + 64 * (four % 4));
         return four < 4 ? low(both) : high(both);
@@ -50,11 +53,11 @@ struct Q4 {
 };
 struct Q4WithMinimum : Q4 {
     static constexpr Kind kind = Q4_1;
-    static constexpr int bias = 0;
+    static I start(const Activations&) { return seti(0); }
 };
 struct Q8 {
     static constexpr Kind kind = Q8_0;
-    static constexpr int bias = SIGNED_BIAS;
+    static I start(const Activations& x) { return start_signed(x.minus_eight_sums); }
     static Bytes codes(const uint8_t* p, int four) { return make_signed(load_bytes(p + 64 * four)); }
     static I times(I acc, Bytes w, const int8_t* x) { return dot_signed(acc, w, x); }
 };
@@ -72,15 +75,18 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
         if (N == 1)
             for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
         Bytes w[8];
+        UNROLL
         for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
         const Activations* block = x + (size_t)g * stride;
+        UNROLL
         for (int v = 0; v < N; v++) {
-            I whole = seti(Format::bias * block[v].sum);
+            I whole = Format::start(block[v]);
+            UNROLL
             for (int i = 0; i < 8; i++) whole = Format::times(whole, w[i], block[v].codes + 4 * i);
             acc[v] = fma(to_float(whole), mul(scale, set(block[v].scale)), acc[v]);
             if (Format::kind == Q4_1) {
                 const V minimum = load_half(pair + layout.minima + g % 2 * 32);
-                acc[v] = fma(minimum, set(block[v].scale * (float)block[v].sum), acc[v]);
+                acc[v] = fma(minimum, set(block[v].scale * -0.125f * (float)block[v].minus_eight_sums), acc[v]);
             }
         }
     }
@@ -121,6 +127,7 @@ inline void float_panel(const uint8_t* panel, int columns, const float* x, int s
     for (int v = 0; v < N; v++) acc[v] = set(0);
     for (int column = 0; column < columns; column++) {
         const V w = load_number(panel + (size_t)column * width, kind);
+        UNROLL
         for (int v = 0; v < N; v++) acc[v] = fma(w, set(x[(size_t)v * stride + column]), acc[v]);
     }
     for (int v = 0; v < N; v++) sums[v] = acc[v];
@@ -192,8 +199,9 @@ void quantize(const float* x, int n, Activations* blocks, int stride) {
         const float most = largest(larger(magnitude(a), magnitude(b)));
         const V inverse = set(most > 0 ? 127.0f / most : 0.0f);
         blocks->scale = most / 127.0f;
-        blocks->sum = store_codes(blocks->codes, nearest(mul(a, inverse)));
-        blocks->sum += store_codes(blocks->codes + 16, nearest(mul(b, inverse)));
+        const int first = store_codes(blocks->codes, nearest(mul(a, inverse)));
+        const int second = store_codes(blocks->codes + 16, nearest(mul(b, inverse)));
+        blocks->minus_eight_sums = -8 * (first + second);
     }
 }
 

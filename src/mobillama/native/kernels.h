@@ -30,11 +30,12 @@ struct Matrix {
     bool quantized() const { return kind == Q4_0 || kind == Q4_1 || kind == Q8_0; }
 };
 
-// 32 activations with their scale and the sum of their codes.
+// 32 activations: code times scale. A 4-bit weight is code - 8: minus eight times the sum of the activations' codes is what
+// the products with its bare code have too much, negated.
 struct Activations {
     int8_t codes[BLOCK];
     float scale;
-    int32_t sum;
+    int32_t minus_eight_sums;
 };
 
 // What a matrix is multiplied with: n vectors, as floats (vector v at floats + v * stride) and, for quantized matrices

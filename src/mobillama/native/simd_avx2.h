@@ -11,7 +11,6 @@ struct I {
 };
 using Bytes = I;
 constexpr int COLUMNS = 4;
-constexpr int SIGNED_BIAS = 0;
 
 inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, V x) {
@@ -95,6 +94,7 @@ inline I dot(I acc, Bytes w, const int8_t* x) {
     const __m256i four = _mm256_set1_epi32(four_codes(x));
     return {dot(acc.a, w.a, four), dot(acc.b, w.b, four)};
 }
+inline I start_signed(int) { return seti(0); }
 inline Bytes make_signed(Bytes w) { return w; }
 inline I dot_signed(I acc, Bytes w, const int8_t* x) {  // |w| * (x with the sign of w)
     const __m256i four = _mm256_set1_epi32(four_codes(x));

@@ -6,8 +6,8 @@ namespace {
 using V = __m512;
 using I = __m512i;
 using Bytes = __m512i;
+using FourCodes = int32_t __attribute__((may_alias, aligned(1)));
 constexpr int COLUMNS = 16;  // vectors that one pass over a panel serves
-constexpr int SIGNED_BIAS = -128;  // what dot_signed lacks, times the sum of the activations
 
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a); }
@@ -42,7 +42,13 @@ inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline Bytes high(Bytes a) { return low(_mm512_srli_epi16(a, 4)); }
-inline I dot(I acc, Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four_codes(x))); }
+inline I dot(I acc, Bytes w, const int8_t* x) {
+    // GCC would broadcast in an instruction of its own, which takes a third of the products' time.
+    asm("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(acc) : "m"(*(const FourCodes*)x), "v"(w));
+    return acc;
+}
+// Codes of eight bits are made unsigned by adding 128, which 16 times minus eight sums takes away again.
+inline I start_signed(int minus_eight_sums) { return _mm512_slli_epi32(seti(minus_eight_sums), 4); }
 inline Bytes make_signed(Bytes w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 inline I dot_signed(I acc, Bytes w, const int8_t* x) { return dot(acc, w, x); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -353,6 +353,90 @@ def gguf_parity() -> str:
     )
 
 
+def inference() -> str:
+    """Return what bench infer measured, if it is recorded."""
+    if not (RESULTS / "inference.json").exists():
+        return ""
+    result = load("inference")
+    lines = [
+        "| model | engine | threads | file MB | peak RSS MiB | first token s | prefill 64 | prefill 512 | decode 128 | GB/s read |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    for row in result["rows"]:
+        speeds = [
+            f"{its['median']:.1f} / {its['best']:.1f}"
+            for its in (row[f"{name}_tokens_per_second"] for name in ("prefill_64", "prefill_512", "decode"))
+        ]
+        lines.append(
+            f"| {row['model']} | {row['engine']} | {row['threads']} | {row['file_bytes'] / 1e6:.1f} | "
+            f"{row['memory_bytes']['peak_rss'] / 2**20:,.0f} | {row['first_token_seconds']['median']:.2f} | "
+            f"{' | '.join(speeds)} | {row['bytes_per_second'] / 1e9:.1f} |"
+        )
+    remark = f"{result['remark']}; " if result["remark"] else ""
+    return "\n".join(
+        [*lines, "", f"Tokens/s, median / best of {result['rounds']}; {remark}{_measured(result['environment'])}."]
+    )
+
+
+def decode_gpu() -> str:
+    """Return what benchmarks/decode_gpu.py measured, if it is recorded."""
+    if not (RESULTS / "decode-gpu.json").exists():
+        return ""
+    lines = ["| model | contender | tokens/s | × transformers | GB/s multiplied |", "|---|---|---:|---:|---:|"]
+    results = load("decode-gpu")
+    for name, result in results.items():
+        peer = result["contenders"].get("transformers", {}).get("tokens_per_second")
+        for contender, facts in result["contenders"].items():
+            if "error" not in facts:
+                ratio = f"{facts['tokens_per_second'] / peer:.2f}" if peer else ""
+                lines.append(
+                    f"| {name.partition(',')[0]} | {contender} | {facts['tokens_per_second']:.0f} | {ratio} | "
+                    f"{facts['gb_per_second_multiplied']:,.0f} |"
+                )
+    last = next(reversed(results.values()))
+    device = next(facts["device"] for facts in last["contenders"].values() if "device" in facts)
+    return "\n".join(
+        [*lines, "", f"One {device}, batch 1, bfloat16, random weights; {_measured(last['environment'], 'torch')}."]
+    )
+
+
+def browser() -> str:
+    """Return what benchmarks/browser/run.py found."""
+    lines = [
+        "| export | same likeliest token | logit error, relative: median / most | load s | decode tokens/s |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, facts in load("browser").items():
+        error = facts["relative_logit_error"]
+        lines.append(
+            f"| {name} | {facts['same_likeliest_token']} of {facts['tokens']} | {error['median']:.1e} / {error['most']:.1e} | "
+            f"{facts['load_seconds']:.1f} | {facts['decode_tokens_per_second']:.1f} |"
+        )
+    version = facts["browser"].partition("HeadlessChrome/")[2].partition(" ")[0]
+    stamp = f"{facts['runtime']}, {facts['threads']} threads, Chromium {version}; {_measured(facts['environment'])}."
+    return "\n".join([*lines, "", f"{stamp} {facts['remark']}".strip()])
+
+
+def executorch() -> str:
+    """Return what benchmarks/executorch_sharing.py found."""
+    result = load("executorch")
+    lines = [
+        f"| {result['layers']} layers | file MB | load adds MiB | with weight_cache_enabled |",
+        "|---|---:|---:|---:|",
+    ]
+    for shared, name in ((True, "one network"), (False, "a network each")):
+        without, cached = (row for row in result["rows"] if row["shared"] is shared)
+        lines.append(f"| {name} | {without['file_mb']:.1f} | {without['load_mib']:.1f} | {cached['load_mib']:.1f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python benchmarks/executorch_sharing.py`; one network is {result['one_network_mib']:.1f} MiB; executorch "
+            f"{result['executorch']}, torch {result['torch']}.",
+        ]
+    )
+
+
 def fuzz() -> str:
     """Return what became of files with mutated headers."""
     result = load("fuzz")
@@ -398,6 +482,10 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "evaluation-scores": (ROOT / "docs" / "evaluation.md", evaluation_scores),
     "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
+    "inference": (ROOT / "docs" / "on-device.md", inference),
+    "decode-gpu": (ROOT / "docs" / "on-device.md", decode_gpu),
+    "browser": (ROOT / "docs" / "on-device.md", browser),
+    "executorch": (ROOT / "docs" / "on-device.md", executorch),
 }
 
 

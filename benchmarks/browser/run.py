@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--browser", default=shutil.which("chromium") or "chromium")
     parser.add_argument("--limit", type=int, default=300, help="seconds to wait")
+    parser.add_argument("--remark", default="", help="what readers must know")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     engine, tokenizer = load_engine(args.model)
@@ -134,6 +135,7 @@ def main() -> None:
         "decode_tokens_per_second": len(tokens) / result["decodeSeconds"],
         "threads": args.threads if result["isolated"] else 1,
         "browser": result["agent"],
+        "remark": args.remark,
         "runtime": "onnxruntime-web " + json.loads((args.ort.parent / "package.json").read_text())["version"],
         "environment": environment(),
     }

@@ -41,6 +41,8 @@ def test_each_model_is_measured_in_the_engine_that_it_was_made_for(models):
     assert [each.path.name for each in contenders(paths, "torch", "/some/python")][-1] == "unshared.gguf"
     with pytest.raises(UsageError, match="none of the models was made for onnxruntime"):
         contenders(paths[:1], "onnxruntime", None)
+    with pytest.raises(UsageError, match="onnxruntime computes on the CPU"):
+        contenders(paths[:2], "auto", None, "cuda")
     with pytest.raises(UsageError, match="no such file"):
         contenders([models / "absent"], "auto", None)
     assert found[1].bytes == sum(file.stat().st_size for file in (models / "onnx").glob("model.onnx*"))
@@ -61,9 +63,9 @@ def test_turns_give_speed_memory_and_latency_of_each(models):
         assert row["bytes_per_second"] == pytest.approx(row["read_bytes_per_token"] * speed["median"])
         assert row["memory_bytes_per_second"] > 1e8
     torch_row, onnx_row = rows
-    stored = 512 * 64 + 3 * 4 * 64 * 64 + 3 * 64 * 96  # the head, attention of three layers, one network
-    assert onnx_row["read_bytes_per_token"] == stored * (4 + 16 / 32) / 8
-    assert torch_row["read_bytes_per_token"] == 4 * (stored + 7 * 64)
+    head, layers = 512 * 64, 3 * 4 * 64 * 64 + 3 * 64 * 96  # attention of three layers, one network
+    assert onnx_row["read_bytes_per_token"] == (head * (8 + 16 / 32) + layers * (4 + 16 / 32)) / 8
+    assert torch_row["read_bytes_per_token"] == 4 * (head + layers + 7 * 64)
 
 
 def test_a_process_that_ends_is_told_with_its_last_words(models, tmp_path):
@@ -75,6 +77,7 @@ def test_a_process_that_ends_is_told_with_its_last_words(models, tmp_path):
 def test_threads_are_one_and_all_or_as_wanted():
     assert thread_counts([])[0] == 1
     assert thread_counts([1]) == (1,)
+    assert len(thread_counts([], "cuda")) == 1
     with pytest.raises(UsageError, match="cores"):
         thread_counts([100_000])
 

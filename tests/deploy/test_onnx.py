@@ -79,10 +79,27 @@ def test_with_float32_activations_and_cache_nothing_but_the_weights_is_rounded(t
             export_onnx(gguf, tmp_path / "other", context=context)
 
 
-def test_a_wider_head_and_another_cache_are_chosen(tokenizer_path, tmp_path):
+def test_head_and_cache_are_chosen(tokenizer_path, tmp_path):
     source = directory_of(tokenizer_path, tmp_path / "model", tie_word_embeddings=True, num_key_value_heads=2)
-    facts = export_onnx(source, tmp_path / "out", Q4_0, Q8_0, int8_cache=False, tokens=100)
+    facts = export_onnx(source, tmp_path / "wide", int8_cache=False, tokens=100)
     assert (facts["types"], facts["head"], facts["cache"]) == (["Q4_0", "Q8_0"], "Q8_0", "float32")
+    facts = export_onnx(source, tmp_path / "narrow", head=Q4_0, tokens=100)
+    assert (facts["types"], facts["head"], facts["cache"]) == (["Q4_0"], "Q4_0", "int8")
+
+
+def test_a_wide_head_is_rounded_anew_in_longer_blocks_which_costs_next_to_nothing(tokenizer_path, tmp_path):
+    source = directory_of(tokenizer_path, tmp_path / "model", hidden_size=128)
+    logits, ids = {}, list(range(5, 60))
+    for head in (Q8_0, Q4_0):
+        export_onnx(source, tmp_path / head.name, Q8_0, head, int8_cache=False, tokens=100)
+        engine, _ = load_engine(tmp_path / head.name, threads=1)
+        logits[head.name] = engine.feed_each(ids)
+    original = load_engine(source)[0].feed_each(ids)
+    graph = onnx.load(tmp_path / "Q8_0" / "model.onnx", load_external_data=False).graph
+    (product,) = (node for node in graph.node if node.output[0] == "logits")
+    assert {its.name: its.i for its in product.attribute}["block_size"] == 128
+    errors = {name: np.abs(its - original).mean() for name, its in logits.items()}
+    assert errors["Q8_0"] < 0.5 * errors["Q4_0"]  # what is left is rounded activations
 
 
 def test_eight_bit_caches_cost_little_and_take_a_quarter(tokenizer_path, tmp_path):

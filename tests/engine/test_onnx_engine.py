@@ -83,3 +83,11 @@ def test_damaged_and_foreign_files_are_named(graph, tmp_path):
     onnx.save(foreign, tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="not made by"):
         OnnxEngine.load(tmp_path)
+    graph_file = tmp_path / "model.onnx"
+    (tmp_path / "model.onnx.data").write_bytes((directory / "model.onnx.data").read_bytes())
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    for stated in ("junk", "[]", '{"format": "mobillama-onnx-1"}', '{"format": "mobillama-onnx-1", "shape": 3}'):
+        helper.set_model_props(model, {"mobillama": stated})
+        graph_file.write_bytes(model.SerializeToString())
+        with pytest.raises(CorruptDataError, match="metadata are damaged"):
+            OnnxEngine.load(tmp_path)

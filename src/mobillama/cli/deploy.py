@@ -58,7 +58,7 @@ def add(verbs: Verbs) -> None:
         "--type", choices=("q4_0", "q8_0"), help="of matrices (default: as a GGUF file has them; a directory's: q4_0)"
     )
     verb.add_argument(
-        "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it, or --type)"
+        "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it; else q8_0)"
     )
     verb.add_argument(
         "--context",

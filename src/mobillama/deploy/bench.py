@@ -50,16 +50,17 @@ class Contender:
         return sum(file.stat().st_size for pattern in ("*.safetensors", "*.onnx*") for file in directory.glob(pattern))
 
 
-def contenders(paths: Sequence[Path], engine: str, llama_python: str | None) -> list[Contender]:
+def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, device: str = "cpu") -> list[Contender]:
     """Return each model in the engine that opens it best, and in llama.cpp where that is at hand.
 
     Args:
         paths: model directories and exported files.
         engine: ``auto``, or an engine: only models that it opens are measured then.
         llama_python: an interpreter with llama-cpp-python; None: this one, where it holds it.
+        device: cpu, or cuda, where torch alone computes.
 
     Raises:
-        UsageError: a model is missing, or none is left for ``engine``.
+        UsageError: a model is missing, none is left for ``engine``, or one was made for an engine that knows no GPU.
     """
     llama_python = llama_python or (sys.executable if _holds_llama_cpp(sys.executable) else None)
     found = []
@@ -68,7 +69,7 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None) -> 
         if path.suffix == ".gguf" and _loads_in_llama_cpp(path) and llama_python:
             able.append(LLAMA_CPP)
         if engine == "auto":
-            best = engine_for(path)
+            best = engine_for(path, device=device)
             # torch decodes a GGUF into float32; beside llama.cpp it is measured when asked for.
             able = [
                 each
@@ -84,6 +85,8 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None) -> 
         raise UsageError(
             f"--engine: none of the models was made for {engine}; engines are {', '.join(ENGINES)}, {LLAMA_CPP}"
         )
+    if device != "cpu" and (other := next((each for each in found if each.engine != TORCH), None)):
+        raise UsageError(f"--device {device}: {other.engine} computes on the CPU here; leave {other.path} out")
     return found
 
 
@@ -276,8 +279,8 @@ def _bytes_read_per_token(path: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values()) - table
 
 
-def thread_counts(wanted: Sequence[int]) -> tuple[int, ...]:
-    """Return the numbers of threads to measure at: 1 and all cores, unless others are wanted.
+def thread_counts(wanted: Sequence[int], device: str = "cpu") -> tuple[int, ...]:
+    """Return the numbers of threads to measure at: 1 and all cores (all cores beside a GPU), unless others are wanted.
 
     Raises:
         UsageError: more threads than cores.
@@ -285,7 +288,7 @@ def thread_counts(wanted: Sequence[int]) -> tuple[int, ...]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted and max(wanted) > cores:
         raise UsageError(f"--threads: {max(wanted)} on a machine of {cores} cores; take fewer")
-    return tuple(wanted) or tuple(sorted({1, cores}))
+    return tuple(wanted) or ((cores,) if device != "cpu" else tuple(sorted({1, cores})))
 
 
 def check_python(python: str | None) -> None:

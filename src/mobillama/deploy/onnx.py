@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
-from mobillama.deploy.gguf import MOST_KL, Show, Source, quiet
+from mobillama.deploy.gguf import MOST_KL, Show, Source, head_kind, quiet
 from mobillama.deploy.onnx_cache import quantize_cache
 from mobillama.deploy.onnx_graph import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS, Matrix, write_graph
 from mobillama.deploy.parity import compare, passages, torch_logits
@@ -46,7 +46,7 @@ def export_onnx(
         source: a model directory or a GGUF file.
         out: the directory to make: graph, weights, tokenizer, and the figures in ``export.json``.
         kind: of matrices, Q4_0 or Q8_0; None: as a GGUF has them, a directory's as Q4_0.
-        head: of the head; None: as a GGUF has it, a directory's as ``kind``.
+        head: of the head; None: as a GGUF has it; else eight bits.
         int8_cache: keep keys and values in 8 bits instead of 32.
         int8_activations: round activations to 8 bits before each product; else products are exact, and slow.
         context: tokens that the cache has places for; None: as the model was made for.
@@ -132,9 +132,9 @@ def _matrices(source: Source, kind: BlockType | None, head: BlockType | None) ->
     """
     head_name = EMBEDDING if source.shape.tie_word_embeddings else HEAD
     weights = {name: weight for name, weight in source.weights.items() if weight.dim() == 2}
-    wanted = encode_weights(weights, kind or Q4_0, head or kind or Q4_0)
+    wanted = encode_weights(weights, kind or Q4_0, head or head_kind(kind or Q4_0))
     for name, tensor in (source.encoded or {}).items():
-        asked = head or kind if name == head_name else kind
+        asked = head or (kind and head_kind(kind)) if name == head_name else kind
         if name in wanted and tensor.kind in (Q4_0, Q8_0) and asked in (None, tensor.kind):
             wanted[name] = tensor
         elif name in wanted and asked is None and tensor.kind.is_quantized:

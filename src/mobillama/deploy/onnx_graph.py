@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType, decode, encode, unpack
+from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, Blocks, BlockType, decode, encode, unpack
 from mobillama.engine.load import GRAPH_FILE
 from mobillama.engine.onnx_engine import DATA_FILE, FORMAT, METADATA_KEY
 from mobillama.recipe import ModelConfig
@@ -32,6 +32,7 @@ Matrix = tuple[NDArray[np.uint8], BlockType]
 
 _CONTRIB = "com.microsoft"
 _INLINE_BYTES = 1024
+_LONG_BLOCK = 128
 _PAGE = 4096  # external tensors begin at pages, so that they can be mapped
 INT8_ACTIVATIONS, FLOAT32_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 
@@ -187,6 +188,7 @@ class _Graph:
         self.initializers: list[onnx.TensorProto] = []
         self.bytes = self.multiplied = 0
         self._data, self._activations = data, activations
+        self._is_exact = activations == FLOAT32_ACTIVATIONS
         self._quantized: dict[str, dict[str, int]] = {}
         self._sizes: dict[str, int] = {}
         self._multiplied: set[str] = set()
@@ -241,39 +243,51 @@ class _Graph:
         )
         return place + "/x", place + "/normed"
 
-    def quantized(self, name: str, parts: Sequence[Matrix]) -> None:
-        """Store matrices, one below the other, as codes and float16 scales."""
+    def quantized(self, name: str, parts: Sequence[Matrix], long_blocks: bool = False) -> None:
+        """Store matrices, one below the other, as codes and float16 scales.
+
+        With ``long_blocks`` 8-bit codes are rounded anew in blocks of 128, where rows allow it: ONNX Runtime keeps three
+        float32 numbers for each block.
+        """
         rows, kind = _join(parts)
         blocks = unpack(rows, kind)
-        count, groups = blocks.scale_rg.shape
+        if kind is Q8_0 and long_blocks and rows.shape[1] % (kind.bytes * _LONG_BLOCK // BLOCK) == 0:
+            blocks = _in_long_blocks(blocks)
+        count, groups, block = blocks.codes_rgk.shape
         if kind is Q8_0:
-            packed = (blocks.codes_rgk.view(np.uint8) ^ 128).reshape(count, groups, BLOCK)  # zero point 128
+            packed = blocks.codes_rgk.view(np.uint8) ^ 128  # zero point 128
         else:
             packed = blocks.codes_rgk[..., 0::2] | blocks.codes_rgk[..., 1::2] << 4
         self._initializer(f"{name}/codes", packed.shape, packed)
         self._initializer(f"{name}/scales_half", (count, groups), blocks.scale_rg)
         bits = 8 if kind is Q8_0 else 4
         self._sizes[name] = packed.nbytes + blocks.scale_rg.nbytes
-        self._quantized[name] = {"N": count, "K": groups * BLOCK, "bits": bits}
+        self._quantized[name] = {"N": count, "K": groups * block, "bits": bits, "block_size": block}
 
     def look_up(self, name: str, ids: str, is_head: bool) -> str:
         """Look rows of a quantized matrix up; return them as float32. With ``is_head`` it is multiplied by, too."""
         shape = self._quantized[name]
         table = self._view(f"{name}/codes", f"{name}/rows", [shape["N"], shape["K"] * shape["bits"] // 8], is_head)
         settings = {"bits": shape["bits"], "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        inputs = [table, ids, self._scales(name)]
-        return self.node("GatherBlockQuantized", inputs, f"{name}/x", domain=_CONTRIB, **settings)
+        if is_head or self._is_exact:
+            inputs = [table, ids, self._scales(name)]
+            return self.node("GatherBlockQuantized", inputs, f"{name}/x", domain=_CONTRIB, **settings)
+        # Numbers rounded to float16, but no table of float32 scales in memory for the few rows that are looked up.
+        inputs = [table, ids, f"{name}/scales_half"]
+        self.node("GatherBlockQuantized", inputs, f"{name}/x_half", domain=_CONTRIB, **settings)
+        return self.node("Cast", [f"{name}/x_half"], f"{name}/x", to=TensorProto.FLOAT)
 
     def product(
         self, x: str, name: str, parts: Sequence[str], matrix: Callable[[str], Matrix], out: str | None = None
     ) -> str:
         """Multiply by the matrices ``parts``, joined and stored as ``name`` when they are met first; return the product."""
         if name not in self._quantized:
-            self.quantized(name, [matrix(f"{part}.weight") for part in parts])
+            is_head = parts == ["lm_head"]
+            self.quantized(name, [matrix(f"{part}.weight") for part in parts], is_head and not self._is_exact)
         if name not in self._multiplied:
             self._multiplied.add(name)
             self.multiplied += self._sizes[name]
-        settings = self._quantized[name] | {"block_size": BLOCK, "accuracy_level": self._activations}
+        settings = self._quantized[name] | {"accuracy_level": self._activations}
         inputs = [x, f"{name}/codes", self._scales(name)]
         return self.node("MatMulNBits", inputs, out or f"{name}/of/{x}", domain=_CONTRIB, **settings)
 
@@ -310,6 +324,15 @@ class _Graph:
         del tensor.dims[:]
         tensor.dims.extend(shape)
         return name
+
+
+def _in_long_blocks(blocks: Blocks) -> Blocks:
+    """Return 8-bit codes rounded anew, 128 numbers to a scale."""
+    values_rgk = blocks.codes_rgk * blocks.scale_rg[..., None].astype(np.float32)
+    values_rgk = values_rgk.reshape(len(values_rgk), -1, _LONG_BLOCK)
+    scale_rg = (np.abs(values_rgk).max(axis=-1) / np.float32(127)).astype(np.float16)
+    divisor_rg1 = np.where(scale_rg == 0, np.float16(1), scale_rg)[..., None].astype(np.float32)
+    return Blocks(np.rint(values_rgk / divisor_rg1).clip(-127, 127).astype(np.int8), scale_rg)
 
 
 def _join(parts: Sequence[Matrix]) -> Matrix:

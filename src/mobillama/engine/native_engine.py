@@ -71,6 +71,8 @@ class NativeEngine:
                 f"native engine: no memory, or no kernels '{with_kernels}'; known: {', '.join(kernels())}"
             )
         self._load(model)
+        most_rows = max(tensor.shape[0] for tensor in model.tensors.values())
+        self._products = np.empty(most_rows * self._chunk, np.float32)  # takes memory only where it is written
         weights = sum(tensor.nbytes for tensor in model.tensors.values())
         table = model.tensors[EMBEDDING].nbytes if HEAD in model.tensors else 0
         positions, width = -(-self.context_length // 16) * 16, shape.attention_head_dim
@@ -124,6 +126,14 @@ class NativeEngine:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         self.length = min(length, self.length)
+
+    def multiply_only(self, tokens: int) -> None:
+        """Do the matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
+
+        Args:
+            tokens: number of vectors that each matrix is multiplied with, at most a chunk.
+        """
+        self._library.mobillama_multiply_only(self._model, min(tokens, self._chunk), self._products.ctypes.data)
 
     def _feed(self, ids: Sequence[int], logits: NDArray[np.float32], each: bool) -> None:
         ids_t = np.array(ids, np.int32)

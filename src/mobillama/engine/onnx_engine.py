@@ -32,12 +32,12 @@ class OnnxEngine:
 
     Args:
         session: of a graph that this project exported; see :meth:`load`.
+        facts: what the graph's metadata state.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, session: Any) -> None:
-        facts = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    def __init__(self, session: Any, facts: dict[str, Any]) -> None:
         self.context_length = int(facts["shape"]["max_position_embeddings"])
         self.vocab_size = int(facts["shape"]["vocab_size"])
         self.length = 0
@@ -78,10 +78,13 @@ class OnnxEngine:
         except Exception as error:  # the runtime has a dozen exceptions without a common base
             raise CorruptDataError(f"{path}: ONNX Runtime cannot load it ({cause(error)}); export it again") from None
         _return_freed_memory()
-        stated = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
-        if json.loads(stated).get("format") != FORMAT:
-            raise UsageError(f"{path}: was not made by 'mobillama export onnx' (no {FORMAT} in its metadata)")
-        return cls(session)
+        try:
+            stated = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"))
+            if stated.get("format") != FORMAT:
+                raise UsageError(f"{path}: was not made by 'mobillama export onnx' (no {FORMAT} in its metadata)")
+            return cls(session, stated)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptDataError(f"{path}: its metadata are damaged ({error!r:.80}); export it again") from None
 
     def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Take in tokens; return the logits (vocabulary,) that follow the last one.

@@ -43,6 +43,7 @@ _FUNCTIONS = {
     "add_vector": (_INT, [_POINTER, _POINTER, _INT]),
     "prepare": (_INT, [_POINTER, ctypes.POINTER(Layer), _INT, _INT, _INT, _INT]),
     "feed": (None, [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]),
+    "multiply_only": (None, [_POINTER, _INT, _POINTER]),
 }
 
 

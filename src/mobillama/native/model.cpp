@@ -163,7 +163,7 @@ public:
         normed = allocate_floats((size_t)CHUNK * shape.width);
         qkv = allocate_floats((size_t)CHUNK * qkv_width);
         mixed = allocate_floats((size_t)CHUNK * queries);
-        gated = allocate_floats((size_t)CHUNK * shape.inner);
+        gated = allocate_floats((size_t)CHUNK * std::max(shape.inner, queries));
         cosine = allocate_floats((size_t)shape.context * shape.head_width / 2);
         sine = allocate_floats((size_t)shape.context * shape.head_width / 2);
         shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
@@ -194,6 +194,17 @@ public:
     // Take in n <= CHUNK tokens from position `start`. Logits of the last, or of each.
     void feed(const int32_t* ids, int n, int start, float* logits, bool each) {
         pool.run([&](int t) { forward(t, ids, n, start, logits, each); });
+    }
+
+    // Only the products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at
+    // best: for measuring. `out` has room for n times the rows of the largest matrix.
+    void multiply_only(int n, float* out) {
+        pool.run([&](int t) {
+            for (const Layer& layer : layers)
+                for (int number : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
+                    multiply_only(t, matrices[number], n, out);
+            multiply_only(t, matrices[head], n, out);
+        });
     }
 
     std::vector<Layer> layers;
@@ -266,6 +277,10 @@ private:
         Input its = in;
         if (!takes_blocks(m)) its.blocks = nullptr;
         kernels.multiply(m, mine.first, mine.last, its, out, stride, add);
+    }
+
+    void multiply_only(int t, const Matrix& m, int n, float* out) {
+        multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n}, out, m.rows, false);
     }
 
     // n vectors, normalised if a norm is given, as floats and as blocks. Of one vector each thread makes its own, which
@@ -411,3 +426,5 @@ API int mobillama_chunk() { return CHUNK; }
 API void mobillama_feed(Model* model, const int32_t* ids, int n, int start, float* logits, int each) {
     model->feed(ids, n, start, logits, each != 0);
 }
+
+API void mobillama_multiply_only(Model* model, int n, float* out) { model->multiply_only(n, out); }

@@ -69,8 +69,8 @@ def bench_inference(
         MobiLlamaError: a measuring process ended.
     """
     check_python(llama_python)
-    entrants = contenders(paths, engine, llama_python)
-    settings = Settings(thread_counts(threads), rounds, device=device)
+    entrants = contenders(paths, engine, llama_python, device)
+    settings = Settings(thread_counts(threads, device), rounds, device=device)
     with progress() as show:
         rows = measure(entrants, settings, show)
     result = {"environment": environment(), "remark": remark, "rounds": rounds, "rows": rows}

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "mobillama"
 FLOORS = [
     {"errors", "record", "recipe", "config", "console"},
     {"model"},
-    {"data", "directory", "hf", "engine", "importing"},
+    {"data", "directory", "hf", "engine", "importing", "native"},
     {"train", "deploy"},
     {"evaluate"},
     {"report"},

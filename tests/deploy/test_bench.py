@@ -32,10 +32,11 @@ def test_each_model_is_measured_in_the_engine_that_it_was_made_for(models):
     assert [(each.path.name, each.engine) for each in found] == [
         ("model", "torch"),
         ("onnx", "onnxruntime"),
-        ("shared.gguf", "torch"),
+        ("shared.gguf", "native"),
+        ("unshared.gguf", "native"),
         ("unshared.gguf", "llama.cpp"),
     ]
-    assert found[3].python == "/some/python" and found[0].python == sys.executable
+    assert found[4].python == "/some/python" and found[0].python == sys.executable
     assert [each.path.name for each in contenders(paths, "llama.cpp", "/some/python")] == ["unshared.gguf"]
     assert [each.path.name for each in contenders(paths, "torch", "/some/python")][-1] == "unshared.gguf"
     with pytest.raises(UsageError, match="none of the models was made for onnxruntime"):

@@ -34,7 +34,7 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("auto", *ENGINES),
         default="auto",
-        help="what computes (default: what the model was exported for)",
+        help="what computes (default: the best that opens the model here)",
     )
     verb.add_argument("--threads", type=at_least(1), default=0, help="to compute with (default: all cores)")
     verb.add_argument(

@@ -23,7 +23,7 @@ from mobillama.deploy.energy import Meter, open_meters
 from mobillama.engine import ENGINES, TORCH
 from mobillama.engine.gguf import read_gguf
 from mobillama.engine.gguf_model import SHARE_KEY
-from mobillama.engine.load import engine_for
+from mobillama.engine.load import engine_for, engines_for
 from mobillama.errors import MobiLlamaError, UsageError
 
 LLAMA_CPP = "llama.cpp"
@@ -51,11 +51,11 @@ class Contender:
 
 
 def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, device: str = "cpu") -> list[Contender]:
-    """Return each model in the engine that it was made for.
+    """Return each model in the engine that opens it best, and in llama.cpp where that is at hand.
 
     Args:
         paths: model directories and exported files.
-        engine: ``auto``, or an engine: only models that were made for it are measured then.
+        engine: ``auto``, or an engine: only models that it opens are measured then.
         llama_python: an interpreter with llama-cpp-python; None: this one, where it holds it.
         device: cpu, or cuda, where torch alone computes.
 
@@ -65,20 +65,29 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, dev
     llama_python = llama_python or (sys.executable if _holds_llama_cpp(sys.executable) else None)
     found = []
     for path in paths:
-        chosen = engine_for(path)
-        found.append(Contender(path, chosen, sys.executable))
+        able = list(engines_for(path))
         if path.suffix == ".gguf" and _loads_in_llama_cpp(path) and llama_python:
-            found.append(Contender(path, LLAMA_CPP, llama_python))
-            if engine == "auto":
-                del found[-2]  # torch decodes a GGUF into float32; it is measured when asked for
-    chosen_ones = [each for each in found if engine in ("auto", each.engine)]
-    if not chosen_ones:
+            able.append(LLAMA_CPP)
+        if engine == "auto":
+            best = engine_for(path, device=device)
+            # torch decodes a GGUF into float32; beside llama.cpp it is measured when asked for.
+            able = [
+                each
+                for each in able
+                if each == LLAMA_CPP or (each == best and not (best == TORCH and LLAMA_CPP in able))
+            ]
+        found += [
+            Contender(path, each, llama_python if each == LLAMA_CPP and llama_python else sys.executable)
+            for each in able
+            if engine in ("auto", each)
+        ]
+    if not found:
         raise UsageError(
             f"--engine: none of the models was made for {engine}; engines are {', '.join(ENGINES)}, {LLAMA_CPP}"
         )
-    if device != "cpu" and (other := next((each for each in chosen_ones if each.engine != TORCH), None)):
+    if device != "cpu" and (other := next((each for each in found if each.engine != TORCH), None)):
         raise UsageError(f"--device {device}: {other.engine} computes on the CPU here; leave {other.path} out")
-    return chosen_ones
+    return found
 
 
 def _holds_llama_cpp(python: str) -> bool:

@@ -8,6 +8,7 @@ run this file. Commands: {"do": "prefill" | "decode", "tokens": n}, {"do": "read
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -31,12 +32,10 @@ def open_ours(engine: str, path: str, threads: int, device: str) -> tuple[Step, 
     before = time.perf_counter()
     from mobillama.engine.load import open_engine
 
-    if engine == "torch":
-        import mobillama.engine.torch_engine
-    else:
-        import mobillama.engine.onnx_engine  # noqa: F401
+    module = {"torch": "torch_engine", "onnxruntime": "onnx_engine", "native": "native_engine"}[engine]
+    importlib.import_module(f"mobillama.engine.{module}")
     imported = time.perf_counter()
-    opened = open_engine(Path(path), threads, device)
+    opened = open_engine(Path(path), engine, threads, device)
 
     def step(ids: list[int]) -> int:
         return int(opened.feed(ids).argmax())

@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
-from mobillama.engine import ONNXRUNTIME, TORCH
+from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
 from mobillama.engine.interface import Engine
 from mobillama.errors import UsageError
 
 GRAPH_FILE = "model.onnx"
 
 
-def engine_for(path: Path) -> str:
-    """Return the name of the engine that a file or directory was made for.
+def engines_for(path: Path) -> tuple[str, ...]:
+    """Return the names of the engines that open a file or directory, best first.
 
     Raises:
         UsageError: there is nothing at ``path``.
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory; give a model directory or an exported file")
-    return ONNXRUNTIME if _holds_graph(path) else TORCH
+    if _holds_graph(path):
+        return (ONNXRUNTIME,)
+    return (NATIVE, TORCH) if path.suffix == ".gguf" else (TORCH,)
+
+
+def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
+    """Return the name of the engine to open a file or directory with.
+
+    Args:
+        path: see :func:`load_engine`, as the others.
+        engine: a name, which is returned if it can open ``path``; auto: the best that is to be had here. Where the native
+            one cannot be built, one line says so.
+        device: cuda: torch, where it can open ``path``.
+
+    Raises:
+        UsageError: there is nothing at ``path``, or ``engine`` cannot open it.
+    """
+    able = engines_for(path)
+    if engine != "auto":
+        if engine not in able:
+            raise UsageError(
+                f"{path}: was made for {able[0]}, {engine} cannot open it; leave --engine out, or export it anew"
+            )
+        return engine
+    if able[0] == NATIVE and (device == "cuda" or not _native_is_built()):
+        return able[1]
+    return able[0]
+
+
+def _native_is_built() -> bool:
+    from mobillama.native.build import CannotBuild
+    from mobillama.native.library import library
+
+    try:
+        library()
+    except CannotBuild as error:
+        print(f"mobillama: {error}; torch decodes instead", file=sys.stderr)
+        return False
+    return True
 
 
 def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> tuple[Engine, Tokenizer]:
@@ -28,7 +67,7 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
 
     Args:
         path: a model directory, or what ``mobillama export`` made: a GGUF file, or a directory with an ONNX graph.
-        engine: one of ``mobillama.engine.ENGINES``; auto: the one that ``path`` was made for.
+        engine: one of ``mobillama.engine.ENGINES``; auto: see :func:`engine_for`.
         threads: to compute with; 0: what the engine takes by itself, all cores as a rule.
         device: cpu, cuda, or auto: a GPU where torch sees one.
 
@@ -36,12 +75,7 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         UsageError: there is no model, the engine cannot open it, or its tokenizer is missing or has another vocabulary.
         CorruptDataError: it is damaged.
     """
-    made_for = engine_for(path)
-    if engine not in ("auto", made_for):
-        raise UsageError(
-            f"{path}: was made for {made_for}, {engine} cannot open it; leave --engine out, or export it anew"
-        )
-    opened = open_engine(path, threads, device)
+    opened = open_engine(path, engine, threads, device)
     tokenizer = _tokenizer_of(path)
     if tokenizer.vocab_size != opened.vocab_size:
         raise UsageError(
@@ -51,14 +85,19 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
     return opened, tokenizer
 
 
-def open_engine(path: Path, threads: int = 0, device: str = "auto") -> Engine:
-    """Return the engine that a file or directory was made for; arguments and errors are those of :func:`load_engine`."""
-    if engine_for(path) == ONNXRUNTIME:
+def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> Engine:
+    """Return the engine of a file or directory; arguments and errors are those of :func:`load_engine`."""
+    chosen_engine = engine_for(path, engine, device)
+    if chosen_engine != TORCH and device == "cuda":
+        raise UsageError(f"{path}: {chosen_engine} computes on the CPU here; leave --device out")
+    if chosen_engine == ONNXRUNTIME:
         from mobillama.engine.onnx_engine import OnnxEngine
 
-        if device == "cuda":
-            raise UsageError(f"{path}: ONNX Runtime computes on the CPU here; leave --device out")
         return OnnxEngine.load(path, threads)
+    if chosen_engine == NATIVE:
+        from mobillama.engine.native_engine import NativeEngine
+
+        return NativeEngine.load(path, threads)
     import torch
 
     from mobillama.engine.torch_engine import TorchEngine

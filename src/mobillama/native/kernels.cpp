@@ -1,0 +1,354 @@
+// All that computes, written once over sixteen lanes and compiled for each instruction set (build.py states the flags).
+//
+// Nothing here has external linkage but the table at the end: a function that two compilations shared could end up, in the
+// linked library, in the form that the processor at hand cannot run.
+#include "kernels.h"
+
+#if defined(__AVX512VNNI__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include "simd_neon.h"
+#else
+#include "simd_portable.h"
+#endif
+
+// Sums that live across a loop stay in registers only where the loops over them are unrolled.
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+// e^x; the remainder to the nearest power of two is within ±ln(2)/2, where six terms reach float's precision.
+inline V exponential(V x) {
+    x = larger(smaller(x, set(88.0f)), set(-87.0f));
+    const V whole = nearest(mul(x, set(1.44269504f)));
+    const V r = fma(whole, set(2.12194440e-4f), fma(whole, set(-0.693359375f), x));
+    V p = set(1.0f / 720);
+    constexpr float terms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (float term : terms) p = fma(p, r, set(term));
+    return mul(p, power_of_two(whole));
+}
+
+// Sixteen numbers of which only the first n exist.
+inline V load_part(const float* p, int n) {
+    float part[16] = {};
+    memcpy(part, p, n * sizeof(float));
+    return load(part);
+}
+inline void store_part(float* p, V a, int n) {
+    float part[16];
+    store(part, a);
+    memcpy(p, part, n * sizeof(float));
+}
+
+struct Q4 {
+    static constexpr Kind kind = Q4_0;
+    static I start(const Activations& x) { return seti(x.minus_eight_sums); }
+    static Bytes codes(const uint8_t* p, int four) {
+        const Bytes both = load_bytes(p + 64 * (four % 4));
+        return four < 4 ? low(both) : high(both);
+    }
+    static I times(I acc, Bytes w, const int8_t* x) { return dot(acc, w, x); }
+};
+struct Q4WithMinimum : Q4 {
+    static constexpr Kind kind = Q4_1;
+    static I start(const Activations&) { return seti(0); }
+};
+struct Q8 {
+    static constexpr Kind kind = Q8_0;
+    static I start(const Activations& x) { return start_signed(x.minus_eight_sums); }
+    static Bytes codes(const uint8_t* p, int four) { return make_signed(load_bytes(p + 64 * four)); }
+    static I times(I acc, Bytes w, const int8_t* x) { return dot_signed(acc, w, x); }
+};
+
+// Products of one panel with N vectors, in 8-bit arithmetic.
+template <class Format, int N>
+inline void quantized_panel(const uint8_t* panel, int groups, const Activations* x, int stride, V* sums) {
+    constexpr Layout layout = layout_of(Format::kind);
+    V acc[N];
+    for (int v = 0; v < N; v++) acc[v] = set(0);
+    for (int g = 0; g < groups; g++) {
+        const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
+        const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
+        const V scale = load_half(pair + g % 2 * 32);
+        if (N == 1)
+            for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
+        Bytes w[8];
+        UNROLL
+        for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
+        const Activations* block = x + (size_t)g * stride;
+        UNROLL
+        for (int v = 0; v < N; v++) {
+            I whole = Format::start(block[v]);
+            UNROLL
+            for (int i = 0; i < 8; i++) whole = Format::times(whole, w[i], block[v].codes + 4 * i);
+            acc[v] = fma(to_float(whole), mul(scale, set(block[v].scale)), acc[v]);
+            if (Format::kind == Q4_1) {
+                const V minimum = load_half(pair + layout.minima + g % 2 * 32);
+                acc[v] = fma(minimum, set(block[v].scale * -0.125f * (float)block[v].minus_eight_sums), acc[v]);
+            }
+        }
+    }
+    for (int v = 0; v < N; v++) sums[v] = acc[v];
+}
+
+// The same in floats: what the 8-bit products are compared with.
+template <class Format, int N>
+void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, V* sums) {
+    constexpr Layout layout = layout_of(Format::kind);
+    for (int v = 0; v < N; v++) sums[v] = set(0);
+    for (int column = 0; column < columns; column++) {
+        const int g = column / BLOCK, k = column % BLOCK;
+        const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
+        const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
+        float code[16];
+        for (int row = 0; row < PANEL; row++)
+            if (Format::kind == Q8_0)
+                code[row] = (float)(int8_t)codes[k / 4 * 64 + row * 4 + k % 4];
+            else
+                code[row] = (float)(codes[k % 16 / 4 * 64 + row * 4 + k % 4] >> k / 16 * 4 & 15);
+        V w = load(code);
+        if (Format::kind == Q4_0) w = add(w, set(-8));
+        w = mul(w, load_half(pair + g % 2 * 32));
+        if (Format::kind == Q4_1) w = add(w, load_half(pair + layout.minima + g % 2 * 32));
+        for (int v = 0; v < N; v++) sums[v] = fma(w, set(x[(size_t)v * stride + column]), sums[v]);
+    }
+}
+
+inline V load_number(const uint8_t* p, Kind kind) {
+    return kind == F32 ? load((const float*)p) : kind == F16 ? load_half(p) : load_bfloat(p);
+}
+
+template <Kind kind, int N>
+inline void float_panel(const uint8_t* panel, int columns, const float* x, int stride, V* sums) {
+    constexpr int width = PANEL * (kind == F32 ? 4 : 2);
+    V acc[N];
+    for (int v = 0; v < N; v++) acc[v] = set(0);
+    for (int column = 0; column < columns; column++) {
+        const V w = load_number(panel + (size_t)column * width, kind);
+        UNROLL
+        for (int v = 0; v < N; v++) acc[v] = fma(w, set(x[(size_t)v * stride + column]), acc[v]);
+    }
+    for (int v = 0; v < N; v++) sums[v] = acc[v];
+}
+
+template <int N>
+void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
+    const float* x = in.floats ? in.floats + (size_t)first * in.stride : nullptr;
+    const Activations* blocks = in.blocks ? in.blocks + first : nullptr;
+    const int groups = m.columns / BLOCK;
+    switch (m.kind) {
+        case Q4_0:
+            return blocks ? quantized_panel<Q4, N>(panel, groups, blocks, in.n, sums)
+                          : exact_panel<Q4, N>(panel, m.columns, x, in.stride, sums);
+        case Q4_1:
+            return blocks ? quantized_panel<Q4WithMinimum, N>(panel, groups, blocks, in.n, sums)
+                          : exact_panel<Q4WithMinimum, N>(panel, m.columns, x, in.stride, sums);
+        case Q8_0:
+            return blocks ? quantized_panel<Q8, N>(panel, groups, blocks, in.n, sums)
+                          : exact_panel<Q8, N>(panel, m.columns, x, in.stride, sums);
+        case F32: return float_panel<F32, N>(panel, m.columns, x, in.stride, sums);
+        case F16: return float_panel<F16, N>(panel, m.columns, x, in.stride, sums);
+        case BF16: return float_panel<BF16, N>(panel, m.columns, x, in.stride, sums);
+    }
+}
+
+void multiply(const Matrix& m, int first, int last, const Input& in, float* out, int stride, bool add_to) {
+    for (int p = first; p < last; p++) {
+        const uint8_t* panel = m.data + (size_t)p * m.panel_bytes;
+        const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
+        for (int v = 0, n; v < in.n; v += n) {
+            const int left = in.n - v;
+            V sums[COLUMNS];
+            if (COLUMNS >= 16 && left >= 16)
+                panel_times<COLUMNS >= 16 ? 16 : 1>(m, panel, in, v, sums), n = 16;
+            else if (COLUMNS >= 8 && left >= 8)
+                panel_times<COLUMNS >= 8 ? 8 : 1>(m, panel, in, v, sums), n = 8;
+            else if (COLUMNS >= 4 && left >= 4)
+                panel_times<COLUMNS >= 4 ? 4 : 1>(m, panel, in, v, sums), n = 4;
+            else if (left >= 2)
+                panel_times<2>(m, panel, in, v, sums), n = 2;
+            else
+                panel_times<1>(m, panel, in, v, sums), n = 1;
+            for (int i = 0; i < n; i++) {
+                float* to = out + (size_t)(v + i) * stride + p * PANEL;
+                if (rows == PANEL)
+                    store(to, add_to ? add(load(to), sums[i]) : sums[i]);
+                else
+                    store_part(to, add_to ? add(load_part(to, rows), sums[i]) : sums[i], rows);
+            }
+        }
+    }
+}
+
+void normalise(const float* x, const float* weight, float eps, int n, float* y) {
+    V squares = set(0);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) squares = fma(load(x + i), load(x + i), squares);
+    const V rest = load_part(x + i, n - i);
+    const float mean = sum(fma(rest, rest, squares)) / (float)n;
+    const float factor = 1.0f / __builtin_sqrtf(mean + eps);
+    for (i = 0; i + 16 <= n; i += 16) store(y + i, mul(mul(load(x + i), set(factor)), load(weight + i)));
+    for (; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+void quantize(const float* x, int n, Activations* blocks, int stride) {
+    for (int g = 0; g < n / BLOCK; g++, x += BLOCK, blocks += stride) {
+        const V a = load(x), b = load(x + 16);
+        const float most = largest(larger(magnitude(a), magnitude(b)));
+        const V inverse = set(most > 0 ? 127.0f / most : 0.0f);
+        blocks->scale = most / 127.0f;
+        const int first = store_codes(blocks->codes, nearest(mul(a, inverse)));
+        const int second = store_codes(blocks->codes + 16, nearest(mul(b, inverse)));
+        blocks->minus_eight_sums = -8 * (first + second);
+    }
+}
+
+inline V silu_times(V gate, V up) {
+    const V denominator = add(set(1), exponential(mul(gate, set(-1))));
+    return mul(div(gate, denominator), up);
+}
+void gate(float* gate, const float* up, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store(gate + i, silu_times(load(gate + i), load(up + i)));
+    if (i < n) store_part(gate + i, silu_times(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+}
+
+void rotate(float* x, const float* cosine, const float* sine, int n, float scale) {
+    const int half = n / 2;
+    for (int i = 0; i < half; i++) {
+        const float a = x[i] * scale, b = x[i + half] * scale;
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+void store_position(const float* key, const float* value, uint16_t* keys, uint16_t* values, int width, int position) {
+    const V most = set(65504.0f), least = set(-65504.0f);  // of fp16
+    uint16_t* column = keys + (size_t)(position / 16) * width * 16 + position % 16;
+    uint16_t* row = values + (size_t)position * padded(width, 16);
+    for (int i = 0; i < width; i += 16) {
+        const int n = width - i < 16 ? width - i : 16;
+        uint16_t halves[16];
+        store_half(halves, larger(smaller(load_part(key + i, n), most), least));
+        for (int j = 0; j < n; j++) column[(i + j) * 16] = halves[j];
+        store_half(row + i, larger(smaller(load_part(value + i, n), most), least));
+    }
+}
+
+// scores[j * room + position] of N queries, for all positions up to `room`, a whole number of sixteens.
+template <int N>
+inline void scores_of(const float* const* query, const uint16_t* keys, int width, int room, float* scores) {
+    for (int s = 0; s < room; s += 16, keys += (size_t)width * 16) {
+        V acc[N];
+        for (int j = 0; j < N; j++) acc[j] = set(0);
+        for (int i = 0; i < width; i++) {
+            const V key = load_half(keys + (size_t)i * 16);
+            for (int j = 0; j < N; j++) acc[j] = fma(key, set(query[j][i]), acc[j]);
+        }
+        for (int j = 0; j < N; j++) store(scores + (size_t)j * room + s, acc[j]);
+    }
+}
+
+// Make scores probabilities, those behind the limit zero.
+inline void softmax(float* scores, int limit, int room) {
+    for (int s = limit; s < padded(limit, 16); s++) scores[s] = -__builtin_inff();
+    V most = load(scores);
+    for (int s = 16; s < limit; s += 16) most = larger(most, load(scores + s));
+    const V least = set(-largest(most));
+    V total = set(0);
+    for (int s = 0; s < limit; s += 16) {
+        const V p = exponential(add(load(scores + s), least));
+        if (s + 16 > limit) {
+            store_part(scores + s, p, limit - s);
+            for (int i = limit; i < s + 16; i++) scores[i] = 0;
+            total = add(total, load(scores + s));
+        } else {
+            store(scores + s, p);
+            total = add(total, p);
+        }
+    }
+    const V inverse = set(1.0f / sum(total));
+    for (int s = 0; s < limit; s += 16) store(scores + s, mul(load(scores + s), inverse));
+    for (int s = padded(limit, 16); s < room; s++) scores[s] = 0;
+}
+
+// out[j] = sum over positions of probability times value, D sixteenths of the width at once.
+template <int N, int D>
+inline void weigh(const float* scores, int room, const uint16_t* values, int stride, int positions, float* const* out,
+                  int start, int width) {
+    V acc[N][D];
+    for (int j = 0; j < N; j++)
+        for (int d = 0; d < D; d++) acc[j][d] = set(0);
+    for (int s = 0; s < positions; s++) {
+        V value[D];
+        for (int d = 0; d < D; d++) value[d] = load_half(values + (size_t)s * stride + start + 16 * d);
+        for (int j = 0; j < N; j++) {
+            const V p = set(scores[(size_t)j * room + s]);
+            for (int d = 0; d < D; d++) acc[j][d] = fma(p, value[d], acc[j][d]);
+        }
+    }
+    for (int j = 0; j < N; j++)
+        for (int d = 0; d < D; d++) {
+            const int left = width - start - 16 * d;
+            float* to = out[j] + start + 16 * d;
+            D == 1 && left < 16 ? store_part(to, acc[j][d], left) : store(to, acc[j][d]);
+        }
+}
+
+template <int N>
+void attend_to(const Queries& q, int from, const uint16_t* keys, const uint16_t* values, int width, float* scores) {
+    int positions = 0;
+    for (int j = 0; j < N; j++) positions = q.limit[from + j] > positions ? q.limit[from + j] : positions;
+    const int room = padded(positions, 16), stride = padded(width, 16);
+    scores_of<N>(q.query + from, keys, width, room, scores);
+    for (int j = 0; j < N; j++) softmax(scores + (size_t)j * room, q.limit[from + j], room);
+    int d = 0;
+    for (; d + 32 <= width; d += 32) weigh<N, 2>(scores, room, values, stride, positions, q.out + from, d, width);
+    for (; d < stride; d += 16) weigh<N, 1>(scores, room, values, stride, positions, q.out + from, d, width);
+}
+
+void attend(const Queries& q, const uint16_t* keys, const uint16_t* values, int width, float* scores) {
+    int j = 0;
+    if (q.n == 8) attend_to<8>(q, 0, keys, values, width, scores), j = 8;
+    for (; j + 4 <= q.n; j += 4) attend_to<4>(q, j, keys, values, width, scores);
+    for (; j + 2 <= q.n; j += 2) attend_to<2>(q, j, keys, values, width, scores);
+    if (j < q.n) attend_to<1>(q, j, keys, values, width, scores);
+}
+
+void row_of(const Matrix& m, int row, float* out) {
+    const uint8_t* panel = m.data + (size_t)(row / PANEL) * m.panel_bytes;
+    const int r = row % PANEL;
+    if (!m.quantized()) {
+        const int width = m.kind == F32 ? 4 : 2;
+        for (int column = 0; column < m.columns; column++) {
+            float sixteen[16];
+            store(sixteen, load_number(panel + (size_t)column * PANEL * width, m.kind));
+            out[column] = sixteen[r];
+        }
+        return;
+    }
+    const Layout layout = layout_of(m.kind);
+    for (int g = 0; g < m.columns / BLOCK; g++, out += BLOCK) {
+        const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
+        const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes + 4 * r;
+        float scale[16], minimum[16] = {};
+        store(scale, load_half(pair + g % 2 * 32));
+        if (m.kind == Q4_1) store(minimum, load_half(pair + layout.minima + g % 2 * 32));
+        for (int k = 0; k < BLOCK; k++) {
+            const int code = m.kind == Q8_0 ? (int8_t)codes[k / 4 * 64 + k % 4]
+                                            : (codes[k % 16 / 4 * 64 + k % 4] >> k / 16 * 4 & 15) - (m.kind == Q4_0 ? 8 : 0);
+            out[k] = (float)code * scale[r] + minimum[r];
+        }
+    }
+}
+
+}  // namespace
+
+#define STRING(name) #name
+#define NAME(name) STRING(name)
+#define TABLE_OF(name) kernels_##name
+#define TABLE(name) TABLE_OF(name)
+extern const Kernels TABLE(KERNELS);
+const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, gate, rotate, store_position, attend, row_of};

@@ -1,0 +1,430 @@
+// The decoder: one sequence, its keys and values, and the forward pass that all threads walk through together.
+//
+// Every product is cut by rows, the same rows for the same thread at every layer. So the part of the shared feed-forward
+// network that a core multiplies with is the same at every layer and stays in its cache; only attention weights stream by.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+extern const Kernels kernels_avx512, kernels_avxvnni, kernels_avx2;
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+extern const Kernels kernels_dotprod;
+#endif
+extern const Kernels kernels_portable;
+
+namespace {
+
+constexpr int CHUNK = 128;  // tokens taken in at once: their activations fit the second-level cache beside a panel
+
+// The sets that this processor can run, best first.
+std::vector<const Kernels*> usable_kernels() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back(&kernels_avx512);
+    if (avx2 && vnni) found.push_back(&kernels_avxvnni);
+    if (avx2) found.push_back(&kernels_avx2);
+#elif defined(__aarch64__) && defined(__linux__)
+    if (getauxval(AT_HWCAP) & (1 << 20)) found.push_back(&kernels_dotprod);  // HWCAP_ASIMDDP
+#elif defined(__aarch64__)
+    found.push_back(&kernels_dotprod);  // every Apple processor of this kind
+#endif
+    found.push_back(&kernels_portable);
+    return found;
+}
+
+// Zeros that take memory page by page when they are written.
+void* reserve(size_t bytes) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? nullptr : p;
+}
+
+size_t panel_bytes(Kind kind, int columns) {
+    if (kind == F32) return (size_t)columns * PANEL * 4;
+    if (kind == F16 || kind == BF16) return (size_t)columns * PANEL * 2;
+    return (size_t)(columns / BLOCK + 1) / 2 * layout_of(kind).pair_bytes;
+}
+
+bool finite_half(const uint8_t* p) { return (p[1] & 0x7C) != 0x7C; }
+
+// Pack the rows of one panel, as they stand in a GGUF file. False: a scale or number is infinite or none.
+bool pack_panel(const Matrix& m, int panel, const uint8_t* file) {
+    uint8_t* to = m.data + (size_t)panel * m.panel_bytes;
+    const int rows = std::min(PANEL, m.rows - panel * PANEL);
+    bool finite = true;
+    if (!m.quantized()) {
+        const int width = m.kind == F32 ? 4 : 2;
+        for (int r = 0; r < rows; r++) {
+            const uint8_t* from = file + (size_t)(panel * PANEL + r) * m.columns * width;
+            for (int c = 0; c < m.columns; c++) {
+                const uint8_t* number = from + (size_t)c * width;
+                memcpy(to + ((size_t)c * PANEL + r) * width, number, width);
+                const int top = number[width - 1] << 8 | number[width - 2];  // sign, exponent, first digits
+                finite &= m.kind == F16 ? (top & 0x7C00) != 0x7C00 : (top & 0x7F80) != 0x7F80;
+            }
+        }
+        return finite;
+    }
+    const Layout layout = layout_of(m.kind);
+    const int groups = m.columns / BLOCK, head = m.kind == Q4_1 ? 4 : 2, codes = m.kind == Q8_0 ? 32 : 16;
+    for (int r = 0; r < rows; r++) {
+        const uint8_t* from = file + (size_t)(panel * PANEL + r) * groups * (head + codes);
+        for (int g = 0; g < groups; g++, from += head + codes) {
+            uint8_t* pair = to + (size_t)(g / 2) * layout.pair_bytes;
+            memcpy(pair + g % 2 * 32 + 2 * r, from, 2);
+            finite &= finite_half(from);
+            if (m.kind == Q4_1) {
+                memcpy(pair + layout.minima + g % 2 * 32 + 2 * r, from + 2, 2);
+                finite &= finite_half(from + 2);
+            }
+            uint8_t* block = pair + layout.codes + g % 2 * layout.block_bytes + 4 * r;
+            for (int i = 0; i < codes / 4; i++) memcpy(block + 64 * i, from + head + 4 * i, 4);
+        }
+    }
+    return finite;
+}
+
+struct Shape {
+    int32_t vocabulary, width, inner, layers, heads, key_heads, head_width, context;
+    float eps, theta;
+    int32_t exact;  // activations as floats
+};
+
+// The weights that a layer uses, as indices: matrices q, k, v, o, gate, up, down; norms before attention and network, of
+// queries and keys (-1: none).
+struct Layer {
+    int32_t q, k, v, o, gate, up, down, attention_norm, ffn_norm, query_norm, key_norm;
+};
+
+struct Range {
+    int first, last;
+};
+
+class Model {
+public:
+    Model(const Shape& shape, int threads, const Kernels& kernels)
+        : shape(shape), kernels(kernels), pool(threads), queries(shape.heads * shape.head_width),
+          keys(shape.key_heads * shape.head_width), group(shape.heads / shape.key_heads) {}
+
+    ~Model() {
+        for (auto& [start, bytes] : regions) munmap(start, bytes);
+    }
+
+    // Return the matrix's number; -1: no memory, -2: it holds numbers that are infinite or none.
+    int add_matrix(Kind kind, int rows, int columns, const uint8_t* file) {
+        Matrix m{kind, rows, columns, nullptr, panel_bytes(kind, columns)};
+        m.data = allocate_weights(m.panels() * m.panel_bytes);
+        if (!m.data) return -1;
+        std::atomic<bool> finite{true};
+        pool.run([&](int t) {  // each thread the panels that it will multiply with, so that they lie near its core
+            const Range mine = part(m.panels(), t);
+            for (int p = mine.first; p < mine.last; p++)
+                if (!pack_panel(m, p, file)) finite = false;
+        });
+        if (!finite) return -2;
+        matrices.push_back(m);
+        return (int)matrices.size() - 1;
+    }
+
+    int add_vector(const float* values, int n) {
+        if (!std::all_of(values, values + n, [](float x) { return std::isfinite(x); })) return -2;
+        vectors.emplace_back(values, values + n);
+        return (int)vectors.size() - 1;
+    }
+
+    // Allocate all that a forward pass needs. False: no memory.
+    bool prepare() {
+        const size_t blocks = (size_t)std::max({shape.width, shape.inner, queries}) / BLOCK + 1;
+        qkv_width = queries + 2 * keys;
+        room = padded(shape.context, 16);
+        value_width = padded(shape.head_width, 16);
+        x = allocate_floats((size_t)CHUNK * shape.width);
+        normed = allocate_floats((size_t)CHUNK * shape.width);
+        qkv = allocate_floats((size_t)CHUNK * qkv_width);
+        mixed = allocate_floats((size_t)CHUNK * queries);
+        gated = allocate_floats((size_t)CHUNK * std::max(shape.inner, queries));
+        cosine = allocate_floats((size_t)shape.context * shape.head_width / 2);
+        sine = allocate_floats((size_t)shape.context * shape.head_width / 2);
+        shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
+        inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
+        key_cache = (uint16_t*)allocate((size_t)shape.layers * shape.key_heads * room * shape.head_width * 2);
+        value_cache = (uint16_t*)allocate((size_t)shape.layers * shape.key_heads * room * value_width * 2);
+        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && key_cache && value_cache;
+        for (int t = 0; t < pool.size(); t++) {
+            own.push_back({});
+            own[t].scores = allocate_floats((size_t)QUERIES * room);
+            own[t].pair = allocate_floats((size_t)2 * CHUNK * BLOCK);
+            own[t].normed = allocate_floats(std::max(shape.width, queries));
+            own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
+            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks;
+        }
+        if (!complete) return false;
+        const int half = shape.head_width / 2;
+        for (int i = 0; i < half; i++) {
+            const float frequency = (float)std::pow((double)shape.theta, -2.0 * i / shape.head_width);
+            for (int position = 0; position < shape.context; position++) {
+                cosine[(size_t)position * half + i] = std::cos((float)position * frequency);
+                sine[(size_t)position * half + i] = std::sin((float)position * frequency);
+            }
+        }
+        return true;
+    }
+
+    // Take in n <= CHUNK tokens from position `start`. Logits of the last, or of each.
+    void feed(const int32_t* ids, int n, int start, float* logits, bool each) {
+        pool.run([&](int t) { forward(t, ids, n, start, logits, each); });
+    }
+
+    // Only the products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at
+    // best: for measuring. `out` has room for n times the rows of the largest matrix.
+    void multiply_only(int n, float* out) {
+        pool.run([&](int t) {
+            for (const Layer& layer : layers)
+                for (int number : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
+                    multiply_only(t, matrices[number], n, out);
+            multiply_only(t, matrices[head], n, out);
+        });
+    }
+
+    std::vector<Layer> layers;
+    int embedding = -1, head = -1, final_norm = -1;
+
+private:
+    struct Own {  // of a thread
+        float *scores, *pair, *normed;
+        Activations* blocks;
+    };
+
+    void* allocate(size_t bytes) {
+        void* p = reserve(bytes);
+        if (p) regions.emplace_back(p, bytes);
+        return p;
+    }
+    // Weights lie side by side in huge pages: fewer addresses for the processor to translate. What is not written of the
+    // last region takes no memory.
+    uint8_t* allocate_weights(size_t bytes) {
+        bytes = (bytes + 63) / 64 * 64;
+        if (bytes > free_bytes) {
+            free_bytes = std::max(bytes, (size_t)256 << 20);
+            free_weights = (uint8_t*)allocate(free_bytes);
+            if (!free_weights) return nullptr;
+#ifdef MADV_HUGEPAGE
+            madvise(free_weights, free_bytes, MADV_HUGEPAGE);
+#endif
+        }
+        free_bytes -= bytes;
+        return std::exchange(free_weights, free_weights + bytes);
+    }
+    float* allocate_floats(size_t n) { return (float*)allocate(n * sizeof(float)); }
+
+    Range part(int n, int t) const {
+        return {(int)((int64_t)n * t / pool.size()), (int)((int64_t)n * (t + 1) / pool.size())};
+    }
+
+    void forward(int t, const int32_t* ids, int n, int start, float* logits, bool each) {
+        for (int c = t; c < n; c += pool.size()) kernels.row(matrices[embedding], ids[c], x + (size_t)c * shape.width);
+        pool.barrier();
+        for (int l = 0; l < shape.layers; l++) {
+            const Layer& layer = layers[l];
+            Input in = normalised(t, x, shape.width, n, &vectors[layer.attention_norm]);
+            multiply(t, matrices[layer.q], in, qkv, qkv_width, false);
+            multiply(t, matrices[layer.k], in, qkv + queries, qkv_width, false);
+            multiply(t, matrices[layer.v], in, qkv + queries + keys, qkv_width, false);
+            pool.barrier();
+            place(t, layer, l, n, start);
+            pool.barrier();
+            attend(t, l, n, start);
+            pool.barrier();
+            multiply(t, matrices[layer.o], normalised(t, mixed, queries, n, nullptr), x, shape.width, true);
+            pool.barrier();
+            widen(t, layer, normalised(t, x, shape.width, n, &vectors[layer.ffn_norm]));
+            pool.barrier();
+            const bool floats = !takes_blocks(matrices[layer.down]);
+            multiply(t, matrices[layer.down], {floats ? gated : nullptr, shape.inner, floats ? nullptr : inner, n}, x,
+                     shape.width, true);
+            pool.barrier();
+        }
+        const int from = each ? 0 : n - 1;
+        const Input in = normalised(t, x + (size_t)from * shape.width, shape.width, n - from, &vectors[final_norm]);
+        multiply(t, matrices[head], in, logits, shape.vocabulary, false);
+    }
+
+    bool takes_blocks(const Matrix& m) const { return !shape.exact && m.quantized(); }
+
+    void multiply(int t, const Matrix& m, const Input& in, float* out, int stride, bool add) {
+        const Range mine = part(m.panels(), t);
+        Input its = in;
+        if (!takes_blocks(m)) its.blocks = nullptr;
+        kernels.multiply(m, mine.first, mine.last, its, out, stride, add);
+    }
+
+    void multiply_only(int t, const Matrix& m, int n, float* out) {
+        multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n}, out, m.rows, false);
+    }
+
+    // n vectors, normalised if a norm is given, as floats and as blocks. Of one vector each thread makes its own, which
+    // takes less time than waiting for another's.
+    Input normalised(int t, const float* from, int width, int n, const std::vector<float>* norm) {
+        const bool alone = n == 1;
+        float* to = alone ? own[t].normed : normed;
+        Activations* blocks = alone ? own[t].blocks : shared;
+        for (int c = alone ? 0 : t; c < n; c += alone ? 1 : pool.size()) {
+            const float* vector = from + (size_t)c * width;
+            if (norm) {
+                kernels.normalise(vector, norm->data(), shape.eps, width, to + (size_t)c * width);
+                vector = to + (size_t)c * width;
+            }
+            kernels.quantize(vector, width, blocks + c, n);
+        }
+        if (!alone) pool.barrier();
+        return {norm ? to : from, width, width % BLOCK ? nullptr : blocks, n};
+    }
+
+    // Normalise and rotate queries and keys; put keys and values into the cache.
+    void place(int t, const Layer& layer, int l, int n, int start) {
+        const int d = shape.head_width, heads = shape.heads + shape.key_heads;
+        for (int task = t; task < n * heads; task += pool.size()) {
+            const int c = task / heads, h = task % heads, position = start + c;
+            const bool query = h < shape.heads;
+            float* head = qkv + (size_t)c * qkv_width + h * d;  // keys follow queries
+            const int norm = query ? layer.query_norm : layer.key_norm;
+            if (norm >= 0) kernels.normalise(head, vectors[norm].data(), shape.eps, d, head);
+            kernels.rotate(head, cosine + (size_t)position * d / 2, sine + (size_t)position * d / 2, d,
+                           query ? 1.0f / std::sqrt((float)d) : 1.0f);
+            if (!query) {
+                const int its = h - shape.heads;
+                kernels.store(head, head + keys, keys_of(l, its), values_of(l, its), d, position);
+            }
+        }
+    }
+
+    void attend(int t, int l, int n, int start) {
+        const int rows = n * group, tiles = (rows + QUERIES - 1) / QUERIES, d = shape.head_width;
+        for (int task = t; task < shape.key_heads * tiles; task += pool.size()) {
+            const int key_head = task / tiles, first = task % tiles * QUERIES;
+            Queries q;
+            q.n = std::min(QUERIES, rows - first);
+            for (int j = 0; j < q.n; j++) {
+                const int c = (first + j) / group, h = key_head * group + (first + j) % group;
+                q.query[j] = qkv + (size_t)c * qkv_width + h * d;
+                q.out[j] = mixed + (size_t)c * queries + h * d;
+                q.limit[j] = start + c + 1;
+            }
+            kernels.attend(q, keys_of(l, key_head), values_of(l, key_head), d, own[t].scores);
+        }
+    }
+
+    // The network's inner activations: two panels of gate and up at a time make one block for the product with down.
+    void widen(int t, const Layer& layer, const Input& in) {
+        const Matrix &gate = matrices[layer.gate], &up = matrices[layer.up];
+        const bool blocks = takes_blocks(matrices[layer.down]);
+        const Range mine = part((gate.panels() + 1) / 2, t);
+        float* gates = own[t].pair;
+        float* ups = gates + (size_t)CHUNK * BLOCK;
+        for (int pair = mine.first; pair < mine.last; pair++) {
+            const int first = 2 * pair, last = std::min(first + 2, gate.panels()), row = first * PANEL;
+            const int rows = std::min(BLOCK, gate.rows - row);
+            multiply_panels(gate, first, last, in, gates - row);
+            multiply_panels(up, first, last, in, ups - row);
+            for (int c = 0; c < in.n; c++) {
+                kernels.gate(gates + c * BLOCK, ups + c * BLOCK, rows);
+                if (blocks)
+                    kernels.quantize(gates + c * BLOCK, BLOCK, inner + (size_t)pair * in.n + c, 1);
+                else
+                    memcpy(gated + (size_t)c * shape.inner + row, gates + c * BLOCK, rows * sizeof(float));
+            }
+        }
+    }
+
+    void multiply_panels(const Matrix& m, int first, int last, const Input& in, float* out) {
+        Input its = in;
+        if (!takes_blocks(m)) its.blocks = nullptr;
+        kernels.multiply(m, first, last, its, out, BLOCK, false);
+    }
+
+    uint16_t* keys_of(int l, int h) const {
+        return key_cache + (size_t)(l * shape.key_heads + h) * room * shape.head_width;
+    }
+    uint16_t* values_of(int l, int h) const {
+        return value_cache + (size_t)(l * shape.key_heads + h) * room * value_width;
+    }
+
+    const Shape shape;
+    const Kernels& kernels;
+    Pool pool;
+    const int queries, keys, group;
+    int qkv_width = 0, room = 0, value_width = 0;
+    std::vector<Matrix> matrices;
+    uint8_t* free_weights = nullptr;
+    size_t free_bytes = 0;
+    std::vector<std::vector<float>> vectors;
+    std::vector<std::pair<void*, size_t>> regions;
+    std::vector<Own> own;
+    float *x, *normed, *qkv, *mixed, *gated, *cosine, *sine;
+    Activations *shared, *inner;
+    uint16_t *key_cache, *value_cache;
+};
+
+}  // namespace
+
+// Names of the sets of kernels that this processor can run, best first, one a line.
+API const char* mobillama_kernels() {
+    static const std::string names = [] {
+        std::string all;
+        for (const Kernels* each : usable_kernels()) all += std::string(all.empty() ? "" : "\n") + each->name;
+        return all;
+    }();
+    return names.c_str();
+}
+
+// Null: no such kernels here, or no memory.
+API Model* mobillama_new(const Shape* shape, int threads, const char* kernels) {
+    for (const Kernels* each : usable_kernels())
+        if (!strcmp(each->name, kernels)) return new (std::nothrow) Model(*shape, threads, *each);
+    return nullptr;
+}
+
+API void mobillama_free(Model* model) { delete model; }
+
+API int mobillama_add_matrix(Model* model, int kind, int rows, int columns, const uint8_t* file) {
+    return model->add_matrix((Kind)kind, rows, columns, file);
+}
+
+API int mobillama_add_vector(Model* model, const float* values, int n) { return model->add_vector(values, n); }
+
+API int mobillama_prepare(Model* model, const Layer* layers, int n, int embedding, int head, int final_norm) {
+    model->layers.assign(layers, layers + n);
+    model->embedding = embedding;
+    model->head = head;
+    model->final_norm = final_norm;
+    return model->prepare();
+}
+
+API int mobillama_chunk() { return CHUNK; }
+
+API void mobillama_feed(Model* model, const int32_t* ids, int n, int start, float* logits, int each) {
+    model->feed(ids, n, start, logits, each != 0);
+}
+
+API void mobillama_multiply_only(Model* model, int n, float* out) { model->multiply_only(n, out); }

@@ -1,0 +1,208 @@
+"""The native engine against the torch model that holds the same decoded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.engine import NATIVE, TORCH
+from mobillama.engine.blocks import TYPES, encode
+from mobillama.engine.gguf import Tensor
+from mobillama.engine.gguf_model import GGUFModel, stored_names, weight_shape, write_model
+from mobillama.engine.load import load_engine
+from mobillama.engine.torch_gguf import decode_weights
+from mobillama.errors import CorruptDataError, UsageError
+from mobillama.model.transformer import MobiLlama
+from mobillama.native.build import CannotBuild
+from mobillama.native.library import kernels, library
+from mobillama.recipe import ModelConfig
+
+try:
+    library()
+except CannotBuild as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+from mobillama.engine.native_engine import NativeEngine
+
+SHAPES = {
+    "unshared": {"share": "none"},
+    "shared": {"share": "ffn"},
+    "block": {"share": "block"},
+    "groups, grouped heads, tied": {
+        "share": "ffn", "ffn_groups": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "own head width, one key head, QK-norm": {"share": "none", "head_dim": 24, "num_key_value_heads": 1, "qk_norm": True},
+    "odd sizes": {"hidden_size": 72, "head_dim": 18, "intermediate_size": 100},
+}  # fmt: skip
+BASE = {
+    "vocab_size": 333,
+    "hidden_size": 160,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 200,
+}
+IDS = np.random.default_rng(1).integers(0, 333, 150).tolist()
+
+
+def model_of(kind: str, seed: int = 0, **changes) -> GGUFModel:
+    shape = ModelConfig(**BASE | changes)
+    random, tensors = np.random.default_rng(seed), {}
+    for name in stored_names(shape).values():
+        size = weight_shape(name, shape)
+        its = TYPES["f32" if len(size) == 1 else kind if size[-1] % TYPES[kind].values == 0 else "f16"]
+        values = random.normal(1, 0.2, size) if len(size) == 1 else random.normal(0, 0.04, size)
+        tensors[name] = Tensor(name, size, its, encode(values.reshape(-1, size[-1]), its))
+    return GGUFModel(shape, tensors, None, {})  # type: ignore[arg-type]
+
+
+def torch_logits(model: GGUFModel, ids=IDS) -> np.ndarray:
+    with torch.device("meta"):
+        reference = MobiLlama(model.shape)
+    reference.load_state_dict(decode_weights(model, torch.float32), assign=True)
+    with torch.no_grad():
+        return reference.eval()(torch.tensor([ids]))[0].numpy()
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """The relative error of all logits."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "f16", "bf16", "f32"])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_logits_are_torchs(changes, kind):
+    model = model_of(kind, **changes)
+    expected = torch_logits(model)
+    # With QK-norm even random queries and keys look at few positions, which what 8 bits round moves more.
+    rounding = (2.5e-2 if model.shape.qk_norm else 2e-2) if TYPES[kind].is_quantized else 1e-3
+    for name in kernels():
+        assert distance(NativeEngine(model, 1, name, exact=True).feed_each(IDS), expected) < 1e-3
+        assert distance(NativeEngine(model, 1, name).feed_each(IDS), expected) < rounding
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "f16"])
+def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same(kind):
+    model = model_of(kind, num_key_value_heads=2)
+    for name in kernels():
+        engine = NativeEngine(model, 2, name)
+        each = engine.feed_each(IDS)
+        assert engine.length == 150
+        engine.truncate(0)
+        one_by_one = np.stack([engine.feed([token]) for token in IDS[:40]])
+        np.testing.assert_allclose(one_by_one, each[:40], atol=1e-4)
+        engine.truncate(13)
+        assert engine.length == 13
+        np.testing.assert_allclose(engine.feed(IDS[13:140]), each[139], atol=1e-4)
+        np.testing.assert_allclose(engine.feed_each(IDS[140:]), each[140:], atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"hidden_size": 72}], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(changes):
+    model = model_of("q4_0", **changes)
+    expected = NativeEngine(model, 1).feed_each(IDS)
+    for threads in (2, 3, 7):
+        engine = NativeEngine(model, threads)
+        assert np.array_equal(engine.feed_each(IDS), expected)
+        engine.truncate(100)
+        one = NativeEngine(model, 1)
+        one.feed(IDS[:100])
+        assert np.array_equal(engine.feed(IDS[100:101]), one.feed(IDS[100:101]))
+
+
+def test_what_it_cannot_take_in_is_refused_and_changes_nothing():
+    engine = NativeEngine(model_of("q4_0"), 1)
+    expected = engine.feed(IDS[:4])
+    engine.truncate(3)
+    for ids, said in (
+        ([], "at least one"),
+        ([333], "0…332"),
+        ([-1], "0…332"),
+        ([1] * 198, "200 tokens cannot hold 201"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            engine.feed(ids)
+        with pytest.raises(ValueError, match=said):
+            engine.feed_each(ids)
+    assert np.array_equal(engine.feed(IDS[3:4]), expected)
+    engine.feed([1] * 196)
+    assert engine.length == engine.context_length
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "f16", "bf16", "f32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(kind, value):
+    model = model_of(kind)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensor = model.tensors[name]
+    rows = tensor.rows.copy()
+    number = {"bf16": np.array([value], np.float32).view(np.uint16)[1:], "f32": np.array([value], np.float32)}
+    raw = number.get(kind, np.array([value], np.float16)).view(np.uint8)
+    place = tensor.kind.bytes * 2  # the scale of the third block, or the third number
+    rows[7, place : place + len(raw)] = raw
+    broken = model.tensors | {name: dataclasses.replace(tensor, data=rows)}
+    with pytest.raises(CorruptDataError, match=r"layers\.1\.self_attn\.v_proj\.weight' holds infinite numbers or NaN"):
+        NativeEngine(dataclasses.replace(model, tensors=broken), 1)
+
+
+def test_a_shared_weight_is_stored_and_counted_once():
+    shared, unshared = (NativeEngine(model_of("q4_0", share=share), 1).memory for share in ("ffn", "none"))
+    network = 3 * 224 * 160 * 18 // 32
+    assert unshared.weights - shared.weights == 2 * network
+    table = 333 * 160 * 18 // 32
+    assert shared.weights - shared.read_per_token == table
+    tied = model_of("q4_0", tie_word_embeddings=True)
+    assert NativeEngine(tied, 1).memory.read_per_token == NativeEngine(tied, 1).memory.weights
+    assert shared.cache == 3 * 4 * 208 * (40 + 48) * 2
+
+
+@pytest.fixture(scope="module")
+def gguf(tokenizer_path, tmp_path_factory):
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = model_of("q4_0", vocab_size=tokenizer.vocab_size, num_key_value_heads=2)
+    path = tmp_path_factory.mktemp("native") / "model.gguf"
+    write_model(path, model.shape, model.tensors, tokenizer, shared=True)
+    return path
+
+
+def test_a_gguf_file_opens_in_it_and_in_torch_on_wish(gguf):
+    engine, _ = load_engine(gguf, threads=1)
+    reference, _ = load_engine(gguf, TORCH)
+    assert (engine.name, reference.name) == (NATIVE, TORCH)
+    assert distance(engine.feed(IDS), reference.feed(IDS)) < 2e-2
+
+
+def decode_in_a_process(gguf, **environment) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys; from pathlib import Path; from mobillama.engine.load import load_engine\n"
+        f"engine, _ = load_engine(Path({str(gguf)!r}), sys.argv[1], threads=1); engine.feed([1, 2, 3])\n"
+        "print(engine.name, *sys.modules)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, environment.pop("engine", "auto")],
+        env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_decoding_loads_no_torch(gguf):
+    name, *loaded = decode_in_a_process(gguf).stdout.split()
+    assert name == NATIVE
+    assert {"torch", "transformers", "onnxruntime", "yaml", "rich"}.isdisjoint(loaded)
+
+
+def test_without_a_compiler_torch_decodes_and_one_line_says_so(gguf, tmp_path):
+    for compiler, said in (("/absent/c++", "cannot be run"), ("false", "the C++ compiler failed")):
+        run = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX=compiler)
+        assert run.stdout.split()[0] == TORCH, run.stderr
+        lines = [line for line in run.stderr.splitlines() if said in line]
+        assert len(lines) == 1 and "torch decodes instead" in lines[0]
+    refused = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX="false", engine="native")
+    assert f"{UsageError.__name__}: {gguf}: the C++ compiler failed" in refused.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]

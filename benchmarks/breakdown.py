@@ -45,13 +45,11 @@ KINDS = (
 def kernels_of(stepper: Stepper, warm_up: int, steps: int) -> tuple[dict[str, float], float]:
     """Return the milliseconds of a step's kernels by kind, and those in which the GPU had nothing to do."""
     for number in range(warm_up):
-        stepper.gradient(number)
-        stepper.update(3e-4)
+        stepper.update(3e-4, stepper.gradient(number))
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for number in range(warm_up, warm_up + steps):
-            stepper.gradient(number)
-            stepper.update(3e-4)
+            stepper.update(3e-4, stepper.gradient(number))
         torch.cuda.synchronize()
     spans = sorted(
         (event.time_range.start, event.time_range.end, event.name)

@@ -54,9 +54,9 @@ def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool,
     stepper = Stepper(recipe, data, World(0, 1, 1, torch.device(args.device)))
 
     def step(number: int) -> float:
-        numbers = stepper.gradient(number)
-        stepper.update(3e-4)
-        return numbers.loss
+        computed = stepper.gradient(number)
+        stepper.update(3e-4, computed)
+        return computed.numbers().loss
 
     return step
 

@@ -43,8 +43,9 @@ def test_every_share_is_attainable_rounded_and_cut(k):
 def test_our_rows_stand_in_the_table_and_only_whole_evaluations_do(tmp_path, capsys):
     columns = TABLES[3].columns
     result = {"format": "mobillama-evaluation-1", "status": "done", "model": {"name": "mine"}}
-    scores = {name: {"score": 12.345, "questions": QUESTIONS[name]} for name in columns}
+    scores = {name: {"score": 12.345, "stderr": 0.5, "questions": QUESTIONS[name]} for name in columns}
     result |= {"key": {"suite": "paper", "limit": 0}, "benchmarks": scores}
+    result |= {"precision": "float32", "context_length": 2048, "truncated": {"contexts": 2080, "continuations": 0}}
     path = tmp_path / "mine" / "result.json"
     path.parent.mkdir()
     path.write_text(json.dumps(result))
@@ -52,6 +53,7 @@ def test_our_rows_stand_in_the_table_and_only_whole_evaluations_do(tmp_path, cap
     shown = capsys.readouterr()
     assert "ours: mine" in shown.out and shown.out.count("12.35") + shown.out.count("12.34") == 10
     assert "13 of 13 averages" in shown.err
+    assert "mine: float32, 2,080 contexts cut to 2,048 tokens; standard errors HellaSwag 0.50" in shown.err
     for change, said in (
         ({"key": {"suite": "quick", "limit": 0}}, "evaluated in suite quick; evaluate it with --suite paper"),
         ({"key": {"suite": "paper", "limit": 1}}, "evaluated with --limit 1; evaluate again without it"),

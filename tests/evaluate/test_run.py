@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import run_cli, shared_data
-from mobillama.errors import UsageError
+from mobillama.deploy.gguf import export_gguf
+from mobillama.engine.blocks import TYPES
+from mobillama.errors import CorruptDataError, UsageError
 from mobillama.evaluate.model import find_model
 from mobillama.evaluate.requests import SEED, load_tasks
 from mobillama.evaluate.results import read_result
 from mobillama.evaluate.run import Evaluator, record_failure
 from mobillama.evaluate.suites import SUITES, find_suite
+from mobillama.record.files import sha256_file
 
 SMALL = replace(
     SUITES["paper"], benchmarks=tuple(b for b in SUITES["paper"].benchmarks if b.name in ("SIQA", "WinoGrande"))
@@ -45,7 +48,7 @@ def evaluator(benchmarks, tmp_path):
 
 
 def test_scores_and_samples_equal_the_harness(evaluator, small_model, benchmarks, tmp_path):
-    ours = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    ours = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     stock = HFLM(
         AutoModelForCausalLM.from_pretrained(small_model),
@@ -75,20 +78,20 @@ def test_scores_and_samples_equal_the_harness(evaluator, small_model, benchmarks
 
 
 def test_what_is_done_is_not_done_again_and_caches_serve_the_next_model(evaluator, small_model, tmp_path):
-    first = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    first = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*.[np]*")}
     assert len(made) == 4  # requests and tokens of two tasks
-    assert evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {}) == first
+    assert evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {}) == first
     other = tmp_path / "other"
     shutil.copytree(small_model, other)
     weights = load_file(other / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, other / "model.safetensors")
-    second = evaluator().evaluate(find_model(str(other)), tmp_path / "out", {})
+    second = evaluator().evaluate(find_model(str(other), tmp_path / "cache"), tmp_path / "out", {})
     assert second["key"]["model"] != first["key"]["model"] and second["tasks"] != first["tasks"]
     assert made == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*.[np]*")}
     for path in (tmp_path / "cache").glob("*-*.[np]*"):  # cut short: made again
         path.write_bytes(path.read_bytes()[:100])
-    again = evaluator().evaluate(find_model(str(other)), tmp_path / "new", {})
+    again = evaluator().evaluate(find_model(str(other), tmp_path / "cache"), tmp_path / "new", {})
     assert again["tasks"] == second["tasks"]
 
 
@@ -105,19 +108,32 @@ def test_questions_of_another_number_or_content_are_other_requests(evaluator, be
     ]
 
 
+def test_a_gguf_file_is_evaluated_as_the_model_it_was_made_of(evaluator, small_model, tmp_path):
+    export_gguf(small_model, tmp_path / "small.gguf", TYPES["f32"], tokens=64)
+    files = find_model(str(tmp_path / "small.gguf"), tmp_path / "cache")
+    assert files.sha256["small.gguf"] == sha256_file(tmp_path / "small.gguf") and len(files.sha256) > 1
+    assert find_model(str(tmp_path / "small.gguf"), tmp_path / "cache") == files
+    of_file = evaluator().evaluate(files, tmp_path / "file", {})
+    whole = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "whole", {})
+    assert of_file["tasks"] == whole["tasks"] and of_file["key"]["model"] != whole["key"]["model"]
+    (tmp_path / "other.gguf").write_bytes((tmp_path / "small.gguf").read_bytes()[:-999])
+    with pytest.raises(CorruptDataError, match="behind the file"):
+        find_model(str(tmp_path / "other.gguf"), tmp_path / "cache")
+
+
 def test_a_half_written_result_does_not_count(evaluator, small_model, tmp_path):
-    first = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    first = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     for file in ("result.json", "samples.jsonl"):
         path = tmp_path / "out" / file
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert read_result(tmp_path / "out") is None
-    again = evaluator().evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    again = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     assert again["tasks"] == first["tasks"]
     assert 0 < again["sequences_scored"] < first["sequences_scored"]
 
 
 def test_a_result_never_stands_beside_the_samples_of_another_evaluation(evaluator, small_model, tmp_path, monkeypatch):
-    files, out = find_model(str(small_model)), tmp_path / "out"
+    files, out = find_model(str(small_model), tmp_path / "cache"), tmp_path / "out"
     first = evaluator().evaluate(files, out, {})
     samples = (out / "samples.jsonl").read_bytes()
 
@@ -153,7 +169,7 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
         (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:-9])
-    result = evaluator().evaluate(find_model(str(broken)), tmp_path / "out", {})
+    result = evaluator().evaluate(find_model(str(broken), tmp_path / "cache"), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
     said, code = {
         "nan": ("NaN", 5),
@@ -199,7 +215,7 @@ def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
 def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
     folder = shared_data() / "benchmarks"
     evaluator = Evaluator(SUITES["quick"], folder, tmp_path / "cache", 1, "cpu", "float32", None, quiet)
-    result = evaluator.evaluate(find_model(str(small_model)), tmp_path / "out", {})
+    result = evaluator.evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     assert result["status"] == "done", result
     assert [facts["tasks"] for facts in result["benchmarks"].values()] == [1, 1, 57, 1, 10, 1, 1, 1, 1]
     assert len(result["tasks"]) == 74 and result["truncated"]["contexts"] > 0

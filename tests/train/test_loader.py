@@ -23,7 +23,11 @@ def rows_taken(data, reads, world_size: int = 1, rank: int = 0, **options):
     notes: list[str] = []
     world = World(rank, world_size, 1, torch.device("cpu"))
     takes = Loader(dataset, 7, 8, 3, world, notes.append)
-    return takes, notes, [np.concatenate([batch.rows for batch in takes.take(step)]) for step in range(6)]
+    rows = []
+    for step in range(6):
+        rows.append(np.concatenate([batch.rows for batch in takes.take(step)]))
+        takes.read_ahead(step + 1)
+    return takes, notes, rows
 
 
 def test_steps_come_in_order_and_ranks_share_them(data):

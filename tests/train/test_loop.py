@@ -31,7 +31,7 @@ from mobillama.train import saver
 from mobillama.train.checkpoint import list_checkpoints, newest_whole_checkpoint
 from mobillama.train.loop import Silent, pretrain
 from mobillama.train.objective import document_ids
-from mobillama.train.step import StepNumbers, Stepper
+from mobillama.train.step import Computed, Stepper
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import World
 
@@ -327,13 +327,16 @@ class Poisoned:
         whole = Stepper.gradient
         self.seen: list[int] = []
 
-        def gradient(stepper: Stepper, step: int) -> StepNumbers:
+        def gradient(stepper: Stepper, step: int, limit: float) -> Computed:
             self.seen.append(step)
-            numbers = whole(stepper, step)
-            if step not in bad:
-                return numbers
-            stepper.model.lm_head.weight.grad.mul_(bad[step])
-            return dataclasses.replace(numbers, gradient_norm=numbers.gradient_norm * bad[step])
+
+            def strike(weight: torch.Tensor) -> None:
+                weight.grad.mul_(bad.get(step, 1.0))
+
+            ray = stepper.model.lm_head.weight.register_post_accumulate_grad_hook(strike)
+            computed = whole(stepper, step, limit)
+            ray.remove()
+            return computed
 
         monkeypatch.setattr(Stepper, "gradient", gradient)
 

@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a model directory (a checkpoint's model/), or a repository of the hub",
+        help="a model directory (a checkpoint's model/), a GGUF file, or a repository of the hub",
     )
     verb.add_argument("--suite", required=True, help="paper, today, quick or perplexity (docs/evaluation.md)")
     verb.add_argument("--benchmarks", type=Path, metavar="DIR", help="local copies of the data (default: the hub)")

@@ -1,4 +1,4 @@
-"""The model that is evaluated: a directory or a repository of the hub, known by the digest of its files."""
+"""The model that is evaluated: a directory, a GGUF file or a repository of the hub, known by the digest of its files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
 from mobillama.directory import CONFIG_FILE, verify_in_checkpoint
 from mobillama.errors import CorruptDataError, UsageError, cause
+from mobillama.importing.models import import_model
 from mobillama.record.files import read_json, sha256_file, sha256_json
 
 _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt")
@@ -49,18 +50,20 @@ class ModelFiles:
         return sha256_json({k: v for k, v in self.sha256.items() if k.startswith(_TOKENIZER_FILES)})
 
 
-def find_model(name: str, revision: str | None = None) -> ModelFiles:
+def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFiles:
     """Return a model's files: those of a directory, else of the hub's repository, brought here where they are not yet.
 
-    Every file is hashed; those of a checkpoint are compared with its manifest.
+    Every file is hashed; those of a checkpoint are compared with its manifest. A GGUF file is imported into ``cache``.
 
     Raises:
         UsageError: there is no such directory or repository, or it holds no model, or one without its tokenizer.
         CorruptDataError: a file of a checkpoint is not as it was written.
     """
     directory = Path(name)
+    if directory.suffix == ".gguf" and directory.is_file():
+        return _import(directory, cache)
     if directory.is_file():
-        raise UsageError(f"{name}: is a file; name the model directory that holds it")
+        raise UsageError(f"{name}: is a file; name the model directory that holds it, or a GGUF file")
     if not directory.is_dir():
         if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
             raise UsageError(f"{name}: no such directory; name a model directory or a repository of the hub")
@@ -77,6 +80,17 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
     if not any(path.name.startswith(_VOCABULARIES) or path.suffix == ".model" for path in files):
         raise UsageError(f"{directory}: no tokenizer there (tokenizer.json or tokenizer.model); copy the model's own")
     return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
+
+
+def _import(file: Path, cache: Path) -> ModelFiles:
+    """Return a GGUF file's model: its digest is the file's, its tokenizer's that of the directory that was made of it."""
+    digest = sha256_file(file)
+    directory = cache / f"imported-{digest[:24]}"
+    if not directory.exists():
+        import_model(file, directory)
+    files = find_model(str(directory), cache)
+    tokenizer = {name: value for name, value in files.sha256.items() if name.startswith(_TOKENIZER_FILES)}
+    return ModelFiles(str(file), directory, {file.name: digest, **tokenizer})
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobillama.model.heads import split_heads
 from mobillama.model.linear import Linear, multiply_side_by_side
 from mobillama.model.norm import RMSNorm
-from mobillama.model.rotary import rotate, rotated_heads, split_heads
+from mobillama.model.rotary import rotate, rotated_heads
 from mobillama.recipe import ModelConfig
 
 

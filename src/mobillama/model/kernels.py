@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobillama.model.rotary import split_heads
+from mobillama.model.heads import split_heads
 
 Parts = tuple[Tensor, Tensor, Tensor]
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobillama.model.heads import split_heads
+
 
 def rotary_tables(position_ids_bt: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return float32 cos and sin, each (b, t, d/2), of the rotary angles at given positions."""
@@ -39,14 +41,6 @@ def rotated_heads(
     else:
         q_bthd, k_bthd, v_bthd = split_heads(qkv_btj, heads, head_dim)
         q_bthd, k_bthd = rotate(q_bthd, cos_btd, sin_btd), rotate(k_bthd, cos_btd, sin_btd)
-    return q_bthd, k_bthd, v_bthd
-
-
-def split_heads(qkv_btj: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of the queries (b, t, h, d) of ``heads`` heads, the keys and the values in ``qkv``."""
-    qkv_bthd = qkv_btj.view(*qkv_btj.shape[:2], -1, head_dim)
-    key_heads = (qkv_bthd.shape[2] - heads) // 2
-    q_bthd, k_bthd, v_bthd = torch.split(qkv_bthd, [heads, key_heads, key_heads], dim=2)
     return q_bthd, k_bthd, v_bthd
 
 

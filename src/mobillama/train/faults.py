@@ -30,13 +30,20 @@ class Watch:
     passed_over: int = 0
     """Steps up to this one are passed over: their data lead to where a rollback came from."""
 
+    @property
+    def limit(self) -> float:
+        """The gradient norm above which the next step is bad."""
+        if not self.policy.spike_factor or len(self.norms) < _ENOUGH:
+            return math.inf
+        return self.policy.spike_factor * statistics.median(self.norms)
+
     def judge(self, loss: float, norm: float) -> str:
         """Return why a step is bad, or ``""``; count it."""
         fault = ""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             fault = "not finite"
-        elif self.policy.spike_factor and len(self.norms) >= _ENOUGH:
-            fault = "spike" if norm > self.policy.spike_factor * statistics.median(self.norms) else ""
+        elif norm > self.limit:
+            fault = "spike"
         if fault:
             self.skipped += 1
         else:

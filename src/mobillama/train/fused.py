@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mobillama.model.heads import split_heads
 from mobillama.model.linear import to_compute_type
 from mobillama.model.norm import normalise, normalise_backward
-from mobillama.model.rotary import rotate_in_place, split_heads
+from mobillama.model.rotary import rotate_in_place
 from mobillama.model.transformer import Decoder, FeedForward, Layer
 from mobillama.recipe import ModelConfig
 from mobillama.train.arithmetic import Arithmetic, Bfloat16, Float8, Operand

@@ -1,4 +1,4 @@
-"""Reads the next step's sequences while this step computes, and says so when storage keeps it waiting."""
+"""Reads sequences ahead of the step that learns from them, and says so when storage keeps it waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READERS = 6  # that are tried one after another
 
 
 class Loader:
-    """A process's micro-batches, in order; the next step is read ahead by a thread.
+    """A process's micro-batches, in order; a thread reads ahead.
 
     Since a batch is a pure function of its step, a reader that hangs is replaced by another that reads the same: nothing
     is lost or taken twice.
@@ -45,7 +45,7 @@ class Loader:
         self._ahead: dict[int, Background[list[Batch]]] = {}
 
     def take(self, step: int) -> list[Batch]:
-        """Return the micro-batches of a step (from 0), and begin to read the next step.
+        """Return the micro-batches of a step (from 0).
 
         Raises:
             CorruptDataError: a sequence differs from what was prepared.
@@ -67,8 +67,11 @@ class Loader:
                 "same command again"
             )
         self.waited += time.perf_counter() - started
-        self._ahead = {step + 1: self._start(step + 1)}
         return batches
+
+    def read_ahead(self, step: int) -> None:
+        """Begin to read a step."""
+        self._ahead = {step: self._start(step)}
 
     def close(self) -> None:
         """Wait for a reader that is at work, unless it hangs."""

@@ -246,16 +246,13 @@ class _Run:
             self._report({**record, "fault": "passed over", **tokens})
             return ""
         waited = self.stepper.loader.waited
-        numbers = self.stepper.gradient(step)
-        fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
         inspects = bool(train.inspect_every) and (step + 1) % train.inspect_every == 0
-        looks: dict[str, Any] = {}
-        if fault:
-            self.stepper.discard()
-        else:
-            movement = Movement(self.stepper.model, self.world) if inspects else None
-            self.stepper.update(rate)
-            looks = {"update_ratio": movement.ratios()} if movement else {}
+        computed_step = self.stepper.gradient(step, self.watch.limit)
+        movement = Movement(self.stepper.model, self.world) if inspects else None
+        self.stepper.update(rate, computed_step)  # before the numbers are here: the device knows a bad step by itself
+        numbers = computed_step.numbers()
+        fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
+        looks = {"update_ratio": movement.ratios()} if movement and not fault else {}
         computed = {
             "loss": _finite(numbers.loss),
             "loss_by_source": {name: _finite(loss) for name, loss in numbers.loss_by_source.items()},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mobillama.recipe import OptimizerConfig
 
@@ -48,6 +49,41 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         )
     )
     return optimizers
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of a model's whole gradient, over all processes, in float64, ()."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+
+
+def apply_gradient(
+    optimizers: list[torch.optim.Optimizer], rate: float, is_good: Tensor, norm: Tensor, clip: float
+) -> None:
+    """Take a step of all optimizers unless the gradient is bad, and free the gradient.
+
+    AdamW clips while it reads the gradient, and leaves a bad one out by itself, so that a GPU goes on with it before
+    anyone here knows.
+
+    Args:
+        optimizers: of one model.
+        rate: the learning rate.
+        is_good: whether the gradient may be applied, ().
+        norm: of the whole gradient, ().
+        clip: the gradient is made smaller if its norm is above this.
+    """
+    excess = ((norm + 1e-6) / clip).clamp(min=1.0).float()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if isinstance(optimizer, torch.optim.AdamW):
+            vars(optimizer).update(grad_scale=excess, found_inf=(~is_good).float())  # as torch's GradScaler tells it
+            optimizer.step()
+        elif is_good:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_div_(gradients, excess)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+_ECHO = (
+    0.2  # seconds in which a signal counts as the same one again: timeout(1) sends it to the process and to its group
+)
 
 
 @dataclass
@@ -26,6 +31,9 @@ def stop_flag(on_note: Callable[[str], None]) -> Iterator[StopFlag]:
 
     def request(number: int, frame: FrameType | None) -> None:
         flag.requested = True
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)
+        time.sleep(_ECHO)
         for each in previous:
             signal.signal(each, later)
         on_note("stopping after this step and saving; once more stops at once, without saving")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mobillama.data.dataset import Batch, Dataset
 from mobillama.errors import UsageError
@@ -22,12 +21,13 @@ from mobillama.train.device import (
     has_float8,
     keep_freed_memory,
     make_deterministic,
+    read_later,
 )
 from mobillama.train.fused import fuse_layers
 from mobillama.train.hopper import require_hopper
 from mobillama.train.loader import Loader
 from mobillama.train.objective import Objective
-from mobillama.train.optimizer import build_optimizers, learning_rate
+from mobillama.train.optimizer import apply_gradient, build_optimizers, gradient_norm, learning_rate
 from mobillama.train.parallel import distribute, keep_gradients_local
 from mobillama.train.speed import checkpoint_activations, compile_layers, use_float8
 from mobillama.train.world import World
@@ -43,6 +43,22 @@ class StepNumbers:
     bits_per_byte: float
     gradient_norm: float
     """Before clipping."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A step's gradient as the device knows it."""
+
+    is_good: Tensor
+    """Whether it may be applied, ()."""
+    norm: Tensor
+    """Of the whole gradient, in float64, ()."""
+    _read: Callable[[], list[float]]
+    _numbers: Callable[[list[float]], StepNumbers]
+
+    def numbers(self) -> StepNumbers:
+        """Wait for what the step computed."""
+        return self._numbers(self._read())
 
 
 class Stepper:
@@ -94,34 +110,41 @@ class Stepper:
         objective = Objective(self.model, train.z_loss, eos_id, autocast_to(self.precision, self.device))
         self._objective = distribute(objective, world, train.parallelism, train.shard_ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
-        self._pinned: Tensor | None = None
 
     def rate(self, step: int) -> float:
         """Return the learning rate of step ``step`` (from 0)."""
         return learning_rate(self.recipe.optimizer, step, self.recipe.train.steps)
 
-    def gradient(self, step: int) -> StepNumbers:
-        """Compute the gradient of step ``step`` (from 0), clipped; it waits in the parameters."""
-        names = self.dataset.source_names
-        nats = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+    def gradient(self, step: int, limit: float = math.inf) -> Computed:
+        """Compute the gradient of step ``step`` (from 0) into the parameters; a GPU is not waited for.
+
+        Args:
+            step: which sequences.
+            limit: the update is left out if the gradient's norm is above it, or loss or norm are not finite.
+        """
+        nats = torch.zeros(len(self.dataset.source_names), dtype=torch.float64, device=self.device)
         sequences, size = torch.zeros_like(nats), 0
         batches = self.loader.take(step)
         placed = self._on_device(batches)
         for number, (ids, sources) in enumerate(placed, start=1):
             keep_gradients_local(self._objective, number < len(placed))
             total, losses_bt = self._objective(ids)
+            if number == 1:
+                # A reader takes Python's lock from the thread that gives a GPU its work: not while the GPU has none.
+                self.loader.read_ahead(step + 1)
             # Processes' gradients are averaged, and the loss is the mean over all of them.
             torch.autograd.backward(total * self.world.size / self.tokens)
             nats.index_add_(0, sources, losses_bt.double().sum(1))
             sequences.index_add_(0, sources, torch.ones_like(sources, dtype=torch.float64))
             size += int(self.dataset.token_lengths[batches[number - 1].ids[:, 1:]].sum())
-        limit = self.recipe.optimizer.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = torch.cat([nats, sequences, torch.full_like(nats[:1], size)])
-        *counts, size = self.world.sum(sums).tolist()
-        nats_of, sequences_of = counts[: len(names)], counts[len(names) :]
-        context = self.dataset.sequence_length - 1
+        norm = gradient_norm(self.model)
+        sums = self.world.sum(torch.cat([nats, sequences, torch.full_like(nats[:1], size)]))
+        is_good = sums[: len(nats)].sum().isfinite() & norm.isfinite() & (norm <= limit)
+        return Computed(is_good, norm, read_later(torch.cat([sums, norm[None]])), self._numbers)
+
+    def _numbers(self, values: list[float]) -> StepNumbers:
+        names, context = self.dataset.source_names, self.dataset.sequence_length - 1
+        nats_of, sequences_of, (size, norm) = values[: len(names)], values[len(names) : -2], values[-2:]
         return StepNumbers(
             loss=sum(nats_of) / self.tokens,
             loss_by_source={
@@ -130,20 +153,15 @@ class Stepper:
                 if count
             },
             bits_per_byte=sum(nats_of) / math.log(2) / max(1, size),
-            gradient_norm=float(norm),
+            gradient_norm=norm,
         )
 
     def _on_device(self, batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Return ids (b, t + 1) and sources (b) of micro-batches on the device; a GPU need not be waited for.
-
-        They travel through memory that is pinned once. It is free again: each step ends by waiting for its numbers.
-        """
+        """Return ids (b, t + 1) and sources (b) of micro-batches on the device; a GPU need not be waited for."""
         rows = np.concatenate([np.column_stack((batch.ids, batch.sources)) for batch in batches], dtype=np.int64)
         placed = torch.from_numpy(rows)
         if self.device.type == "cuda":
-            if self._pinned is None:
-                self._pinned = torch.empty_like(placed, pin_memory=True)
-            placed = self._pinned.copy_(placed).to(self.device, non_blocking=True)
+            placed = placed.pin_memory().to(self.device, non_blocking=True)
         parts = torch.split(placed, [len(batch.ids) for batch in batches])
         return [(part[:, :-1], part[:, -1]) for part in parts]
 
@@ -153,15 +171,7 @@ class Stepper:
             losses_bt: Tensor = self._objective(ids_bs)[1]
         return losses_bt
 
-    def update(self, rate: float) -> None:
-        """Apply the gradient at a learning rate."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """Throw the gradient away."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+    def update(self, rate: float, computed: Computed) -> None:
+        """Apply a step's gradient, clipped, at a learning rate, unless the step is bad; the gradient is gone then."""
+        clip = self.recipe.optimizer.clip_norm or math.inf
+        apply_gradient(self.optimizers, rate, computed.is_good, computed.norm, clip)

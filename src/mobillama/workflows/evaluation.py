@@ -129,7 +129,7 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, as_json: bool) -> 
 
 def _evaluate(evaluator: Evaluator, model: Path, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     try:
-        files = find_model(str(model))
+        files = find_model(str(model), _cache())
     except MobiLlamaError as error:
         return record_failure(directory, str(model), facts, error)
     return evaluator.evaluate(files, directory, facts)
@@ -150,7 +150,7 @@ def _find_models(wanted: list[tuple[str, str | None]]) -> list[ModelFiles | Corr
     wrong = []
     for name, revision in wanted:
         try:
-            found.append(find_model(name, revision))
+            found.append(find_model(name, _cache(), revision))
         except CorruptDataError as error:
             found.append(error)
         except UsageError as error:
@@ -195,6 +195,10 @@ def _checkpoints(run: Path, last: int, follow: bool) -> Iterator[tuple[int, Path
             note(f"step {int(path.name.removeprefix('step-')):,}: no {MANIFEST_NAME}, passed over")
 
 
+def _cache() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "mobillama") / "evaluate"
+
+
 def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     suite = find_suite(settings.suite)
     named = settings.benchmarks or os.environ.get(BENCHMARKS_VARIABLE)
@@ -207,8 +211,7 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     if dataset is not None and folder is None:
         note("WikiText-2 and LAMBADA are left out: name their directory with --benchmarks")
         suite = replace(suite, benchmarks=())
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "mobillama") / "evaluate"
-    evaluator = Evaluator(suite, folder, cache, settings.limit, settings.device, settings.precision, dataset, show)
+    evaluator = Evaluator(suite, folder, _cache(), settings.limit, settings.device, settings.precision, dataset, show)
     _ = evaluator.tasks  # what is missing is said before any model is opened
     return evaluator
 

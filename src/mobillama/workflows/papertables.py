@@ -35,8 +35,8 @@ def show_table(number: int, ours: list[Path]) -> None:
         found = doubts(paper, row)
         values = zip(columns, [*row.scores, row.average], strict=True)
         rows.append((row.name, row.size, *(f"{v:.2f}" + (mark(found[c]) if c in found else "") for c, v in values)))
-    for place in ours:
-        result = _our_result(place.parent if place.name == RESULT_FILE else place)
+    results = [_our_result(place.parent if place.name == RESULT_FILE else place) for place in ours]
+    for result in results:
         rows.append((f"ours: {result['model']['name']}", "", *(f"{value:.2f}" for value in our_row(paper, result))))
     table(paper.title, ["model", "size", *columns], rows)
     agreeing = sum("average" not in doubts(paper, row) for row in paper.rows)
@@ -45,6 +45,12 @@ def show_table(number: int, ours: list[Path]) -> None:
         note(f"[{index}] {reason}")
     for remark in paper.remarks:
         note(f"also: {remark}")
+    for result in results:
+        errors = " · ".join(f"{column} {result['benchmarks'][column]['stderr']:.2f}" for column in paper.columns)
+        note(
+            f"{result['model']['name']}: {result['precision']}, {result['truncated']['contexts']:,} contexts cut to "
+            f"{result['context_length']:,} tokens; standard errors {errors}"
+        )
 
 
 def _our_result(directory: Path) -> dict[str, Any]:

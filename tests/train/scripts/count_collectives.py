@@ -33,8 +33,8 @@ with join_world("cpu") as world:
     before = fingerprint(stepper.model.state_dict(), world)
     for step in range(2):  # the first one sets FSDP up
         with Sent() as sent:
-            stepper.gradient(step)
-        stepper.update(1e-3)
+            computed = stepper.gradient(step)
+        stepper.update(1e-3, computed)
     stepper.loader.close()
     if world.is_first:
         counts = dict(sent.counts)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mobillama import __version__
-from mobillama.cli import data, deploy, evaluate, train, use
+from mobillama.cli import compress, data, deploy, evaluate, train, use
 from mobillama.cli.verbs import EXIT_CODES, options_of
 from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 
@@ -90,5 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add(verbs)
     evaluate.add(verbs)
     deploy.add(verbs)
+    compress.add(verbs)
     use.add(verbs)
     return parser

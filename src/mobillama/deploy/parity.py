@@ -124,6 +124,13 @@ class Comparison:
         self._tokens += len(targets)
         self._bytes += int(self._lengths[targets].sum())
 
+    def merge(self, other: Comparison) -> None:
+        """Take in what another one added up."""
+        self._sums += other._sums
+        self._largest = float(np.maximum(self._largest, other._largest))
+        self._tokens += other._tokens
+        self._bytes += other._bytes
+
     def result(self) -> Parity:
         """Return the figures of all passages so far."""
         error, kl, agreement, *nats = (float(total) / self._tokens for total in self._sums)

@@ -64,6 +64,7 @@ def quantize(
     refuse_existing(out)
     chosen = choose_device(device)
     opened = Source.open(source)
+    _require_finite(opened)
     texts = find_texts(calibration, opened.tokenizer, opened.shape.max_position_embeddings, sequences, seed)
     if method == "gptq":
         _require_enough(texts, opened)
@@ -144,6 +145,12 @@ def judge(
 def _logits(model: MobiLlama, device: torch.device) -> Logits:
     model.to(device).eval()
     return torch_logits(lambda ids: model(ids.to(device)))
+
+
+def _require_finite(source: Source) -> None:
+    for name, weight in source.weights.items():
+        if not weight.isfinite().all():
+            raise UsageError(f"{source.name}: {name} holds infinite numbers or NaN; take an earlier checkpoint")
 
 
 def _require_enough(texts: Texts, source: Source) -> None:

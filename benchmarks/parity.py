@@ -197,9 +197,9 @@ def main() -> None:
                         cost = its["bits_per_byte_copy"] / its["bits_per_byte_model"] - 1
                         cells = f"{its['top1_agreement']:.2%}", f"{its['kl_nats_per_token']:.2e}", f"{cost:+.2%}"
                         rows.append((f"{kind} · {engine}", f"{result['bytes'] / 1e6:.1f}", *cells))
+                known = read_json(args.results) if args.results.is_file() else {}
+                write_json(args.results, {**known, _name(source): found})
                 note(f"{source.name}: {kind} done")
-        known = read_json(args.results) if args.results.is_file() else {}
-        write_json(args.results, {**known, _name(source): found})
         table(f"{_name(source)}, {args.tokens:,} tokens", ["", "MB", "top-1", "KL", "bits per byte"], rows)
 
 

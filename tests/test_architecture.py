@@ -71,3 +71,16 @@ def test_training_decoding_and_importing_do_not_import_transformers():
         "import mobillama.train.loop, mobillama.engine.torch_engine, mobillama.engine.load, mobillama.importing.models"
     )
     assert "transformers" not in loaded
+
+
+def test_decoding_an_exported_graph_loads_neither_torch_nor_transformers(tmp_path):
+    from onnx_support import model_and_graph
+
+    model_and_graph(tmp_path)
+    loaded = loaded_modules(
+        "from pathlib import Path; from mobillama.engine.load import open_engine; import mobillama.cli\n"
+        "import mobillama.serve.chat, mobillama.data.tokenizer, tokenizers\n"
+        f"open_engine(Path({str(tmp_path)!r})).feed([1, 2, 3])"
+    )
+    assert "onnxruntime" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "onnx", "safetensors", "yaml", "rich", "sentencepiece"})

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mobillama.config import load_recipe
+from mobillama.engine.torch_engine import TorchEngine
 from mobillama.model.attention import KVCache
 from mobillama.model.loss import linear_cross_entropy, token_losses
 from mobillama.model.transformer import MobiLlama, initialise
@@ -195,3 +197,27 @@ def test_packed_rows_score_the_same_on_the_gpu():
         assert scorer.packs
         found.append({s.sequence: s.logprob for part in scorer.score(sequences) for s in part})
     assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["graph", "compiled graph"])
+def test_decoding_by_cuda_graphs_is_the_models_own(compile):
+    config = ModelConfig(512, 64, 96, 3, 4, max_position_embeddings=600, initializer_range=0.1)
+    model = MobiLlama(config)
+    initialise(model, config, 0)
+    model = model.to("cuda", torch.bfloat16).eval()
+    engine = TorchEngine(model, compile=compile)
+    ids = torch.randint(0, 512, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids], device="cuda"))[0].float().cpu().numpy()
+    engine.feed(ids[:200])
+    allocated = 0
+    for place in range(200, 600):  # over the borders of two spans
+        logits = engine.feed([ids[place]])
+        assert np.abs(logits - expected[place]).max() < 0.05 * np.abs(expected[place]).max()
+        if place == 520:
+            allocated = torch.cuda.memory_allocated()
+    assert torch.cuda.memory_allocated() == allocated  # no token allocates once the last span is captured
+    engine.truncate(300)
+    assert np.abs(engine.feed([ids[300]]) - expected[300]).max() < 0.05 * np.abs(expected[300]).max()
+    with pytest.raises(ValueError, match="600 tokens cannot hold"):
+        engine.feed(ids[:300])

@@ -318,7 +318,9 @@ def gguf_parity() -> str:
         "| bits per byte | rounding alone (torch): same | KL | the engine alone: same | KL |",
         "|---|" + "---:|" * 8,
     ]
-    stamps, tokens, ids = [], 0, []
+    stamps: list[str] = []
+    tokens: dict[str, int] = {}
+    ids: list[str] = []
     for model, result in load("parity").items():
         for kind, facts in result["types"].items():
             cells = []
@@ -332,7 +334,7 @@ def gguf_parity() -> str:
             for name in ("torch", "llama_cpp_on_the_same_numbers"):
                 its = facts.get(name)
                 cells += [f"{its['top1_agreement']:.2%}", f"{its['kl_nats_per_token']:.1e}"] if its else ["", ""]
-            tokens = facts["torch"]["tokens"]
+            tokens[model] = facts["torch"]["tokens"]
             lines.append(f"| {model} · {kind} ({facts['head']}) | {facts['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
         stamps.append(_measured(result["environment"], "torch"))
     shapes = load("parity-shapes")["shapes"]
@@ -344,11 +346,149 @@ def gguf_parity() -> str:
         [
             *lines,
             "",
-            f"Teacher-forced on {tokens:,} tokens of the sample corpus. Tokenized alike by llama.cpp and us: "
+            f"Teacher-forced on real text, {', '.join(f'{model}: {count:,} tokens' for model, count in tokens.items())}. Tokenized alike by llama.cpp and us: "
             f"{'; '.join(dict.fromkeys(ids))}. Every kind of shape ({len(shapes) // 2} random models: sharing of each kind, grouped "
             f"heads, tied head, QK-norm, free head width) loads in stock llama.cpp; from torch on the same numbers it is at most "
             f"{worst['f32']:.0e} nats/token in F32, {worst['q4_0']:.0e} in Q4_0, for which llama.cpp rounds activations to eight "
             f"bits. `python benchmarks/parity.py`; {'; '.join(dict.fromkeys(stamps))}.",
+        ]
+    )
+
+
+def quantize() -> str:
+    """Return what few bits cost, rounded and calibrated in several ways."""
+    result = load("quantize")
+    sources = [name for name in result["rows"][0]["runs"][0]["held_out"] if name != "all"]
+    lines = [
+        f"| type · codes | MB | bits per byte | cost, mean (range over draws) | same likeliest token | KL, nats/token "
+        f"| {' | '.join(sources)} |",
+        "|---|" + "---:|" * (5 + len(sources)),
+    ]
+
+    def cost(run: dict[str, Any], source: str = "all") -> float:
+        its = run["held_out"][source]
+        return float(its["bits_per_byte_copy"] / its["bits_per_byte_model"] - 1)
+
+    def mean(runs: list[dict[str, Any]], key: str) -> float:
+        return sum(run["held_out"]["all"][key] for run in runs) / len(runs)
+
+    for row in result["rows"]:
+        runs = row["runs"]
+        size = f"{runs[0]['bytes'] / 1e6:.2f}"
+        if row["type"] == "bf16":
+            by_source = [f"{runs[0]['held_out'][name]['bits_per_byte_model']:.4f}" for name in sources]
+            lines.append(f"| bf16 | {size} | {mean(runs, 'bits_per_byte_model'):.4f} | | | | {' | '.join(by_source)} |")
+            continue
+        costs = [cost(run) for run in runs]
+        spread = f" ({min(costs):+.2%} … {max(costs):+.2%})" if len(costs) > 1 else ""
+        by_source = [f"{sum(cost(run, name) for run in runs) / len(runs):+.2%}" for name in sources]
+        lines.append(
+            f"| {row['type']} · {row['way']} | {size} | {mean(runs, 'bits_per_byte_copy'):.4f} "
+            f"| {sum(costs) / len(costs):+.2%}{spread} | {mean(runs, 'top1_agreement'):.2%} "
+            f"| {mean(runs, 'kl_nats_per_token'):.2e} | {' | '.join(by_source)} |"
+        )
+    shape, first = result["shape"], result["rows"][0]["runs"][0]["held_out"]["all"]
+    draws = max(len(row["runs"]) for row in result["rows"])
+    lines += [
+        "",
+        f"{result['model']}: {result['stored_parameters'] / 1e6:.1f} M stored parameters, {shape['num_hidden_layers']} layers, share: "
+        f"{shape['share']}. Judged on {first['tokens']:,} held-out tokens of {result['data']}, calibrated on {result['sequences']} "
+        f"sequences of its training text, {draws} draws; columns by source are costs (bf16: bits per byte). `python "
+        f"benchmarks/quantize.py`; {result['device']}, {_measured(result['environment'], 'torch')}.",
+    ]
+    if "quick" in result:
+        names = list(next(iter(result["quick"].values()))["benchmarks"])
+        lines += [
+            "",
+            f"| suite `quick`, percent | {' | '.join(names)} | average |",
+            "|---|" + "---:|" * (len(names) + 1),
+        ]
+        for model, facts in result["quick"].items():
+            cells = [*(facts["benchmarks"][name] for name in names), facts["average"]]
+            lines.append(f"| {model} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def inference() -> str:
+    """Return what bench infer measured, if it is recorded."""
+    if not (RESULTS / "inference.json").exists():
+        return ""
+    result = load("inference")
+    lines = [
+        "| model | engine | threads | file MB | peak RSS MiB | first token s | prefill 64 | prefill 512 | decode 128 | GB/s read |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    for row in result["rows"]:
+        speeds = [
+            f"{its['median']:.1f} / {its['best']:.1f}"
+            for its in (row[f"{name}_tokens_per_second"] for name in ("prefill_64", "prefill_512", "decode"))
+        ]
+        lines.append(
+            f"| {row['model']} | {row['engine']} | {row['threads']} | {row['file_bytes'] / 1e6:.1f} | "
+            f"{row['memory_bytes']['peak_rss'] / 2**20:,.0f} | {row['first_token_seconds']['median']:.2f} | "
+            f"{' | '.join(speeds)} | {row['bytes_per_second'] / 1e9:.1f} |"
+        )
+    remark = f"{result['remark']}; " if result["remark"] else ""
+    return "\n".join(
+        [*lines, "", f"Tokens/s, median / best of {result['rounds']}; {remark}{_measured(result['environment'])}."]
+    )
+
+
+def decode_gpu() -> str:
+    """Return what benchmarks/decode_gpu.py measured, if it is recorded."""
+    if not (RESULTS / "decode-gpu.json").exists():
+        return ""
+    lines = ["| model | contender | tokens/s | × transformers | GB/s multiplied |", "|---|---|---:|---:|---:|"]
+    results = load("decode-gpu")
+    for name, result in results.items():
+        peer = result["contenders"].get("transformers", {}).get("tokens_per_second")
+        for contender, facts in result["contenders"].items():
+            if "error" not in facts:
+                ratio = f"{facts['tokens_per_second'] / peer:.2f}" if peer else ""
+                lines.append(
+                    f"| {name.partition(',')[0]} | {contender} | {facts['tokens_per_second']:.0f} | {ratio} | "
+                    f"{facts['gb_per_second_multiplied']:,.0f} |"
+                )
+    last = next(reversed(results.values()))
+    device = next(facts["device"] for facts in last["contenders"].values() if "device" in facts)
+    return "\n".join(
+        [*lines, "", f"One {device}, batch 1, bfloat16, random weights; {_measured(last['environment'], 'torch')}."]
+    )
+
+
+def browser() -> str:
+    """Return what benchmarks/browser/run.py found."""
+    lines = [
+        "| export | same likeliest token | logit error, relative: median / most | load s | decode tokens/s |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, facts in load("browser").items():
+        error = facts["relative_logit_error"]
+        lines.append(
+            f"| {name} | {facts['same_likeliest_token']} of {facts['tokens']} | {error['median']:.1e} / {error['most']:.1e} | "
+            f"{facts['load_seconds']:.1f} | {facts['decode_tokens_per_second']:.1f} |"
+        )
+    version = facts["browser"].partition("HeadlessChrome/")[2].partition(" ")[0]
+    stamp = f"{facts['runtime']}, {facts['threads']} threads, Chromium {version}; {_measured(facts['environment'])}."
+    return "\n".join([*lines, "", f"{stamp} {facts['remark']}".strip()])
+
+
+def executorch() -> str:
+    """Return what benchmarks/executorch_sharing.py found."""
+    result = load("executorch")
+    lines = [
+        f"| {result['layers']} layers | file MB | load adds MiB | with weight_cache_enabled |",
+        "|---|---:|---:|---:|",
+    ]
+    for shared, name in ((True, "one network"), (False, "a network each")):
+        without, cached = (row for row in result["rows"] if row["shared"] is shared)
+        lines.append(f"| {name} | {without['file_mb']:.1f} | {without['load_mib']:.1f} | {cached['load_mib']:.1f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python benchmarks/executorch_sharing.py`; one network is {result['one_network_mib']:.1f} MiB; executorch "
+            f"{result['executorch']}, torch {result['torch']}.",
         ]
     )
 
@@ -397,7 +537,12 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),
     "evaluation-scores": (ROOT / "docs" / "evaluation.md", evaluation_scores),
     "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
+    "quantize": (ROOT / "docs" / "on-device.md", quantize),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
+    "inference": (ROOT / "docs" / "on-device.md", inference),
+    "decode-gpu": (ROOT / "docs" / "on-device.md", decode_gpu),
+    "browser": (ROOT / "docs" / "on-device.md", browser),
+    "executorch": (ROOT / "docs" / "on-device.md", executorch),
 }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from mobillama.directory import load_model, save_model
 from mobillama.engine.load import load_engine
 from mobillama.engine.sampling import Sampling, sample
 from mobillama.engine.stream import Session, stream_tokens, text_of
+from mobillama.engine.torch_engine import OneTokenStep
 from mobillama.errors import CorruptDataError, UsageError
+from mobillama.model.attention import KVCache
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig
 
@@ -41,6 +45,31 @@ def test_fed_piecewise_or_whole_the_logits_are_those_of_the_model(directory):
         engine.feed([1] * 29)
     with pytest.raises(ValueError, match="at least one"):
         engine.feed([])
+    with pytest.raises(ValueError, match="0…511"):
+        engine.feed([VOCAB])
+    engine.truncate(8)
+    each = engine.feed_each(ids[8:])
+    assert each.shape == (12, VOCAB)
+    np.testing.assert_allclose(each[-1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 1, "qk_norm": True}])
+def test_a_step_on_fixed_tensors_is_the_models_step(shape):
+    config = dataclasses.replace(CONFIG, **shape)
+    model = MobiLlama(config).eval()
+    initialise(model, config, 3)
+    ids = torch.randint(0, VOCAB, (1, 30))
+    cache = KVCache(config, 1, 48)
+    step = OneTokenStep(model, cache, span=32)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        model(ids[:, :20], cache=cache)
+        for place in range(20, 30):
+            step.token_11[:] = ids[:, place]
+            step.position_11[:] = place
+            np.testing.assert_allclose(step(), expected[place], atol=1e-5)
+            cache.extend(1)
+    assert cache.get_seq_length() == 30
 
 
 def test_session_computes_only_what_is_new(directory):

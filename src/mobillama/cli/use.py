@@ -7,7 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobillama.cli.verbs import add_verb
+from mobillama.cli.verbs import add_verb, at_least
+from mobillama.engine import ENGINES
 from mobillama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,13 +19,27 @@ if TYPE_CHECKING:
 def add(verbs: Verbs) -> None:
     """Add the verbs."""
     verb = add_verb(verbs, "generate", _generate, "continue a text")
-    verb.add_argument("model", type=Path, help="a model directory")
+    _add_model(verb)
     verb.add_argument("--prompt", required=True, help="the text to continue")
     _add_sampling(verb)
 
     verb = add_verb(verbs, "chat", _chat, "talk to a model in the terminal")
-    verb.add_argument("model", type=Path, help="a model directory")
+    _add_model(verb)
     _add_sampling(verb)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", type=Path, help="a model directory, or what 'mobillama export' made")
+    verb.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what computes (default: what the model was exported for)",
+    )
+    verb.add_argument("--threads", type=at_least(1), default=0, help="to compute with (default: all cores)")
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where torch sees one"
+    )
 
 
 def _add_sampling(verb: argparse.ArgumentParser) -> None:
@@ -52,7 +67,7 @@ def _generate(args: argparse.Namespace) -> None:
     from mobillama.engine.stream import Session, stream_tokens, text_of
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
     prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
     (ids,) = tokenizer.encode([prompt])
     if not ids:
@@ -77,6 +92,6 @@ def _chat(args: argparse.Namespace) -> None:
     from mobillama.serve.chat import Conversation, chat
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
     conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed)
     chat(conversation, lambda: input("> "), lambda text: print(text, end="", flush=True))

@@ -10,7 +10,7 @@ import torch
 
 from mobillama.compress.calibrate import Calibration
 from mobillama.compress.texts import Texts, find_texts
-from mobillama.deploy.gguf import Show, Source, head_kind, refuse_existing, write_checked
+from mobillama.deploy.gguf import Show, Source, head_kind, quiet, refuse_existing, write_checked
 from mobillama.deploy.parity import Comparison, Logits, Parity, torch_logits
 from mobillama.engine.blocks import BlockType, pack
 from mobillama.engine.gguf import Tensor
@@ -25,10 +25,6 @@ SEQUENCES = 64
 _BATCH_TOKENS = 8192
 
 
-def _quiet(stage: str, done: float, total: float) -> None:
-    pass
-
-
 def quantize(
     source: Path,
     out: Path,
@@ -38,7 +34,7 @@ def quantize(
     sequences: int = SEQUENCES,
     seed: int = 0,
     device: str = "auto",
-    show: Show = _quiet,
+    show: Show = quiet,
 ) -> dict[str, Any]:
     """Write a model with quantized matrices as a GGUF file that holds what layers share once.
 
@@ -103,7 +99,7 @@ def calibrated(
     kind: BlockType,
     texts: Texts,
     device: torch.device,
-    show: Show = _quiet,
+    show: Show = quiet,
     uses: Collection[int] | None = None,
     network_first: bool = False,
 ) -> dict[str, Tensor]:
@@ -123,7 +119,7 @@ def calibrated(
 
 
 def judge(
-    source: Source, tensors: dict[str, Tensor], texts: Texts, device: torch.device, show: Show = _quiet
+    source: Source, tensors: dict[str, Tensor], texts: Texts, device: torch.device, show: Show = quiet
 ) -> dict[str, Parity]:
     """Return how far encoded tensors are from their model on held-out text: of each source, and of ``all``."""
     with torch.device("meta"):

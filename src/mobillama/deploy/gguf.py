@@ -32,8 +32,8 @@ MOST_KL = {F32.name: 1e-6, F16.name: 1e-3, BF16.name: 1e-2, Q8_0.name: 0.05, Q4_
 Show = Callable[[str, float, float], None]
 
 
-def _quiet(stage: str, done: float, total: float) -> None:
-    pass
+def quiet(stage: str, done: float, total: float) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Source:
 
 
 def export_gguf(
-    source: Path, out: Path, kind: BlockType | None, shared: bool | None = None, tokens: int = 1024, show: Show = _quiet
+    source: Path, out: Path, kind: BlockType | None, shared: bool | None = None, tokens: int = 1024, show: Show = quiet
 ) -> dict[str, Any]:
     """Write a model as a GGUF file, read it again, and compare it with the model on real text.
 
@@ -105,7 +105,7 @@ def write_checked(
     metadata: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     tokens: int = 1024,
-    show: Show = _quiet,
+    show: Show = quiet,
 ) -> dict[str, Any]:
     """Write encoded tensors of a model as a GGUF file, read it again, and compare it with the model on real text.
 

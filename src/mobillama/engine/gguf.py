@@ -6,6 +6,7 @@ the bytes that are left before anything is made of it, so what is allocated stay
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import struct
 from array import array
@@ -24,6 +25,7 @@ from mobillama.record.files import replaced_file
 MAGIC = b"GGUF"
 ALIGNMENT = 32
 _MAX_KEYS, _MAX_TENSORS, _MAX_NAME, _MAX_DIMENSIONS = 4096, 16384, 64, 4
+_PIECE = 1 << 13
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "<u1",
@@ -109,9 +111,17 @@ class Strings(Sequence[str]):
     def _string(self, start: int) -> str:
         (length,) = _U64.unpack_from(self._content, start - 8)
         try:
-            return self._content[start : start + length].decode()
+            return _text(self._content, start, start + length)
         except UnicodeDecodeError:
             raise CorruptDataError(f"{self._place}: holds a string that is no UTF-8; {_REMEDY}") from None
+
+
+def _text(content: mmap.mmap | bytes, start: int, end: int) -> str:
+    """Return UTF-8 text; in pieces where it is long, so that bytes that are no text fail before they are all copied."""
+    if end - start <= _PIECE:
+        return content[start:end].decode()
+    pieces = (content[place : min(end, place + _PIECE)] for place in range(start, end, _PIECE))
+    return "".join(codecs.iterdecode(pieces, "utf-8"))
 
 
 @dataclass(frozen=True)
@@ -185,12 +195,13 @@ class _Reader:
             return self.scalars(code, count, key)
         if count > (self.size - self.at) // 8:
             self.fail(f"'{key:.80}' states {count:,} strings, more than the file has room for")
-        starts, at, last, unpack = array("q"), self.at, self.size - 8, _U64.unpack_from
-        for _ in range(count):
+        starts = array("q", [0]) * count  # made in one piece: growing would take twice the room for a moment
+        at, last, unpack = self.at, self.size - 8, _U64.unpack_from
+        for number in range(count):
             if at > last:
                 self.fail(f"'{key:.80}' ends behind the file")
-            starts.append(at + 8)
-            at += 8 + unpack(self.content, at)[0]
+            starts[number] = at = at + 8
+            at += unpack(self.content, at - 8)[0]
         if at > self.size:
             self.fail(f"'{key:.80}' ends behind the file")
         self.at = at
@@ -259,7 +270,7 @@ class _Reader:
             self.fail(f"the length of {what:.80} is {length:,}")
         start = self.take(length, what)
         try:
-            return self.content[start : self.at].decode()
+            return _text(self.content, start, self.at)
         except UnicodeDecodeError:
             self.fail(f"{what:.80} is no UTF-8")
 

@@ -1,19 +1,37 @@
-"""What every engine answers, whatever computes below: torch now, others later. Imports no torch."""
+"""What every engine answers, whatever computes below. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-class Engine(Protocol):
-    """One sequence being decoded: its keys and values are kept, so each token is computed once."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that an engine's model takes, each shared weight counted once."""
 
+    weights: int
+    """All weights as they are stored."""
+    read_per_token: int
+    """Weights that a decoded token multiplies with: all but the embedding table, of which one row is looked up."""
+    cache: int
+    """Keys and values of a full context."""
+
+
+class Engine(Protocol):
+    """One sequence being decoded: its keys and values are kept, so each token is computed once.
+
+    Feeding several tokens is prefill, feeding one is a step of decoding. All buffers are allocated when the model is loaded.
+    """
+
+    name: str
     context_length: int
     vocab_size: int
+    memory: Memory
 
     @property
     def length(self) -> int:
@@ -24,10 +42,28 @@ class Engine(Protocol):
         """Take in tokens after those already held; return the logits (vocabulary,) that follow the last.
 
         Raises:
-            ValueError: no tokens, or more than ``context_length`` in all.
+            ValueError: no tokens, ids outside the vocabulary, or more than ``context_length`` in all.
         """
+        ...
+
+    def feed_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Take in tokens like :meth:`feed`; return the logits (tokens, vocabulary) that follow each."""
         ...
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         ...
+
+
+def check_tokens(ids: Sequence[int], engine: Engine) -> None:
+    """Refuse what an engine cannot take in.
+
+    Raises:
+        ValueError: see :meth:`Engine.feed`.
+    """
+    if not ids:
+        raise ValueError("an engine is fed at least one token")
+    if engine.length + len(ids) > engine.context_length:
+        raise ValueError(f"a context of {engine.context_length} tokens cannot hold {engine.length + len(ids)}")
+    if not (min(ids) >= 0 and max(ids) < engine.vocab_size):
+        raise ValueError(f"the model knows the ids 0…{engine.vocab_size - 1}, not {min(ids)}…{max(ids)}")

@@ -35,11 +35,17 @@ def sample(logits_v: NDArray[np.float32], sampling: Sampling, random: np.random.
     if sampling.temperature == 0:
         return int(logits_v.argmax())
     scaled = logits_v.astype(np.float64) / sampling.temperature
-    ranked = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        ranked = ranked[: sampling.top_k]
-    weights = np.exp(scaled[ranked] - scaled[ranked[0]])
-    cumulative = np.cumsum(weights) / weights.sum()
-    kept = int(np.searchsorted(cumulative, sampling.top_p)) + 1
-    drawn = random.random() * cumulative[min(kept, len(ranked)) - 1]
-    return int(ranked[min(int(np.searchsorted(cumulative, drawn, side="right")), kept - 1)])
+    ids = np.arange(len(scaled))
+    if 0 < sampling.top_k < len(scaled):
+        ids = np.flatnonzero(scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k])
+        ids = ids[np.argsort(-scaled[ids], kind="stable")[: sampling.top_k]]
+    weights = np.exp(scaled[ids] - scaled[ids].max())
+    total = weights.sum()
+    # All tokens below this share have 1 - top_p together at most, so the nucleus is among the others: few are sorted.
+    likely = weights * len(ids) >= (1 - sampling.top_p) * total
+    ids, weights = ids[likely], weights[likely]
+    ranked = np.argsort(-weights, kind="stable")
+    cumulative = np.cumsum(weights[ranked]) / total
+    kept = min(int(np.searchsorted(cumulative, sampling.top_p)) + 1, len(ranked))
+    drawn = random.random() * cumulative[kept - 1]
+    return int(ids[ranked[min(int(np.searchsorted(cumulative, drawn, side="right")), kept - 1)]])

@@ -74,6 +74,19 @@ class KVCache:
         self._lengths[layer_idx] = end
         return self._keys_lbhsd[layer_idx, :, :, :end], self._values_lbhsd[layer_idx, :, :, :end]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the two tensors."""
+        return self._keys_lbhsd.nbytes + self._values_lbhsd.nbytes
+
+    def tensors(self, span: int) -> tuple[Tensor, Tensor]:
+        """Return views of the first ``span`` places of keys and values, each (layer, b, h, span, d)."""
+        return self._keys_lbhsd[:, :, :, :span], self._values_lbhsd[:, :, :, :span]
+
+    def extend(self, tokens: int) -> None:
+        """Count ``tokens`` more as held, which were written through :meth:`tensors`."""
+        self._lengths = [held + tokens for held in self._lengths]
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on: the kept prefix serves another continuation."""
         self._lengths = [min(length, held) for held in self._lengths]

@@ -13,7 +13,7 @@ from typing import Any
 import mobillama
 
 _RESULTS = (":!benchmarks/results", ":!docs/experiments")  # what a measurement writes changes nothing it measures
-_PACKAGES = ("torch", "transformers", "numpy", "sentencepiece", "tokenizers", "datatrove")
+_PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "sentencepiece", "tokenizers", "datatrove")
 
 
 def environment() -> dict[str, Any]:

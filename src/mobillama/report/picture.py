@@ -189,6 +189,42 @@ def draw_evaluations(results: list[dict[str, Any]], out: Path, run: Path | None 
         figure.savefig(temporary, format="png")
 
 
+def draw_inference(result: dict[str, Any], out: Path) -> None:
+    """Draw what ``bench infer`` measured, as a PNG: tokens/s of decoding and prefill, memory, size.
+
+    Args:
+        result: what it records.
+        out: the file to write.
+    """
+    rows = result["rows"]
+    names = [f"{row['model']}\n{row['engine']}, {row['threads']} thr." for row in rows]
+    figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    speeds = (
+        ("decode_tokens_per_second", "decoded tokens/s"),
+        ("prefill_512_tokens_per_second", "prefill 512, tokens/s"),
+    )
+    for axes, (key, title) in zip(panels, speeds, strict=False):
+        medians = [row.get(key, {}).get("median", 0) for row in rows]
+        axes.barh(names, medians, color="tab:blue")
+        axes.plot([row.get(key, {}).get("best", 0) for row in rows], names, "k|", markersize=9, label="best")
+        axes.set_title(title)
+        axes.legend(frameon=False, fontsize=7)
+    panels[2].barh(names, [(row["memory_bytes"]["peak_rss"] or 0) / 2**20 for row in rows], color="tab:orange")
+    panels[2].set_title("peak RSS, MiB")
+    panels[3].barh(names, [row["file_bytes"] / 1e6 for row in rows], color="tab:gray")
+    panels[3].set_title("file, MB")
+    panels[0].invert_yaxis()
+    panels[0].tick_params(axis="y", labelsize=7)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="x")
+    machine = result["environment"]["machine"]
+    figure.suptitle(machine + (f" · {result['remark']}" if result["remark"] else ""), fontsize=9)
+    with replaced_file(out) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def _smoothed(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:
     """Return points with an exponential moving average of y, corrected for its start."""
     out, mean, mass = [], 0.0, 0.0

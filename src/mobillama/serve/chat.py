@@ -12,6 +12,7 @@ from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.interface import Engine
 from mobillama.engine.sampling import Sampling
 from mobillama.engine.stream import Session, stream_tokens, text_of
+from mobillama.errors import UsageError
 
 HELP = "/reset forgets the conversation · /help shows this · /exit or Ctrl-D leaves · Ctrl-C stops an answer"
 
@@ -32,12 +33,22 @@ class Conversation:
         self._sampling, self._max_tokens = sampling, max_tokens
         self._random = np.random.default_rng(seed)
         self._turns: list[list[int]] = []
+        self._room = engine.context_length - min(max_tokens, engine.context_length // 2)
         self.dropped_turns = 0
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yield the pieces of the answer to ``text``; oldest turns that no longer fit are dropped whole and counted."""
-        self._turns += self._tokenizer.encode(["\n" + text if self._turns else text])
-        self._turns.append([])
+        """Yield the pieces of the answer to ``text``; oldest turns that no longer fit are dropped whole and counted.
+
+        Raises:
+            UsageError: ``text`` alone is too long; it is forgotten.
+        """
+        (ids,) = self._tokenizer.encode(["\n" + text if self._turns else text])
+        if len(ids) > self._room:
+            context = self._session.engine.context_length
+            raise UsageError(
+                f"that is {len(ids)} tokens; {self._room} fit a context of {context} and leave room to answer; shorten it"
+            )
+        self._turns += [ids, []]
         yield from text_of(self._answer_tokens(), self._tokenizer)
 
     def reset(self) -> None:
@@ -51,13 +62,11 @@ class Conversation:
             yield token
 
     def _fitting_ids(self) -> list[int]:
-        context = self._session.engine.context_length
-        room = context - min(self._max_tokens, context // 2)
         self.dropped_turns = 0
-        while len(self._turns) > 2 and sum(map(len, self._turns)) > room:
+        while sum(map(len, self._turns)) > self._room:
             del self._turns[:2]
             self.dropped_turns += 2
-        return list(itertools.chain(*self._turns))[-room:]
+        return list(itertools.chain(*self._turns))
 
 
 def chat(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
@@ -88,6 +97,9 @@ def _show_answer(conversation: Conversation, text: str, write: Callable[[str], N
         for piece in conversation.answer(text):
             write(piece)
             pieces += 1
+    except UsageError as error:
+        write(f"({error})\n\n")
+        return
     except KeyboardInterrupt:
         write(" …")
     tokens = max(0, pieces - 1)  # the last piece only completes the text

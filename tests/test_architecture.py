@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "directory", "hf", "engine", "importing", "native"},
     {"train", "deploy"},
     {"evaluate"},
-    {"report"},
+    {"compress", "report"},
     {"serve", "workflows"},
     {"cli", "__main__"},
 ]

@@ -42,6 +42,7 @@ def test_help_of_every_verb_teaches(capsys):
         ["pretrain"],
         ["import"],
         ["export", "gguf"],
+        ["compress", "quantize"],
         ["export", "onnx"],
         ["bench"],
         ["bench", "infer"],

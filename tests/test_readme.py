@@ -29,6 +29,7 @@ def tool():
         "evaluation-speed",
         "evaluation-scores",
         "gguf-parity",
+        "quantize",
         "fuzz",
     ],
 )

@@ -355,6 +355,60 @@ def gguf_parity() -> str:
     )
 
 
+def quantize() -> str:
+    """Return what few bits cost, rounded and calibrated in several ways."""
+    result = load("quantize")
+    sources = [name for name in result["rows"][0]["runs"][0]["held_out"] if name != "all"]
+    lines = [
+        f"| type · codes | MB | bits per byte | cost, mean (range over draws) | same likeliest token | KL, nats/token "
+        f"| {' | '.join(sources)} |",
+        "|---|" + "---:|" * (5 + len(sources)),
+    ]
+
+    def cost(run: dict[str, Any], source: str = "all") -> float:
+        its = run["held_out"][source]
+        return float(its["bits_per_byte_copy"] / its["bits_per_byte_model"] - 1)
+
+    def mean(runs: list[dict[str, Any]], key: str) -> float:
+        return sum(run["held_out"]["all"][key] for run in runs) / len(runs)
+
+    for row in result["rows"]:
+        runs = row["runs"]
+        size = f"{runs[0]['bytes'] / 1e6:.2f}"
+        if row["type"] == "bf16":
+            by_source = [f"{runs[0]['held_out'][name]['bits_per_byte_model']:.4f}" for name in sources]
+            lines.append(f"| bf16 | {size} | {mean(runs, 'bits_per_byte_model'):.4f} | | | | {' | '.join(by_source)} |")
+            continue
+        costs = [cost(run) for run in runs]
+        spread = f" ({min(costs):+.2%} … {max(costs):+.2%})" if len(costs) > 1 else ""
+        by_source = [f"{sum(cost(run, name) for run in runs) / len(runs):+.2%}" for name in sources]
+        lines.append(
+            f"| {row['type']} · {row['way']} | {size} | {mean(runs, 'bits_per_byte_copy'):.4f} "
+            f"| {sum(costs) / len(costs):+.2%}{spread} | {mean(runs, 'top1_agreement'):.2%} "
+            f"| {mean(runs, 'kl_nats_per_token'):.2e} | {' | '.join(by_source)} |"
+        )
+    shape, first = result["shape"], result["rows"][0]["runs"][0]["held_out"]["all"]
+    draws = max(len(row["runs"]) for row in result["rows"])
+    lines += [
+        "",
+        f"{result['model']}: {result['stored_parameters'] / 1e6:.1f} M stored parameters, {shape['num_hidden_layers']} layers, share: "
+        f"{shape['share']}. Judged on {first['tokens']:,} held-out tokens of {result['data']}, calibrated on {result['sequences']} "
+        f"sequences of its training text, {draws} draws; columns by source are costs (bf16: bits per byte). `python "
+        f"benchmarks/quantize.py`; {result['device']}, {_measured(result['environment'], 'torch')}.",
+    ]
+    if "quick" in result:
+        names = list(next(iter(result["quick"].values()))["benchmarks"])
+        lines += [
+            "",
+            f"| suite `quick`, percent | {' | '.join(names)} | average |",
+            "|---|" + "---:|" * (len(names) + 1),
+        ]
+        for model, facts in result["quick"].items():
+            cells = [*(facts["benchmarks"][name] for name in names), facts["average"]]
+            lines.append(f"| {model} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def inference() -> str:
     """Return what bench infer measured, if it is recorded."""
     if not (RESULTS / "inference.json").exists():
@@ -483,6 +537,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),
     "evaluation-scores": (ROOT / "docs" / "evaluation.md", evaluation_scores),
     "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
+    "quantize": (ROOT / "docs" / "on-device.md", quantize),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
     "inference": (ROOT / "docs" / "on-device.md", inference),
     "decode-gpu": (ROOT / "docs" / "on-device.md", decode_gpu),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mobillama import __version__
-from mobillama.cli import bench, data, deploy, evaluate, train, use
+from mobillama.cli import bench, compress, data, deploy, evaluate, train, use
 from mobillama.cli.verbs import EXIT_CODES, options_of
 from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add(verbs)
     evaluate.add(verbs)
     deploy.add(verbs)
+    compress.add(verbs)
     use.add(verbs)
     bench.add(verbs)
     return parser

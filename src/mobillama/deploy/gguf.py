@@ -46,6 +46,8 @@ class Source:
     """In the type that they are stored in; decoded where that is none of torch's."""
     encoded: dict[str, Tensor] | None
     """The same as encoded bytes, where the source has them."""
+    name: str
+    """For people."""
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -57,9 +59,9 @@ class Source:
         """
         if path.is_file():
             read = read_model(path)
-            return cls(read.shape, read.tokenizer, decode_weights(read), read.tensors)
+            return cls(read.shape, read.tokenizer, decode_weights(read), read.tensors, _name(path))
         model = load_model(path)
-        return cls(model.model.shape, load_tokenizer(path), model.state_dict(), None)
+        return cls(model.model.shape, load_tokenizer(path), model.state_dict(), None, _name(path))
 
     def model(self) -> MobiLlama:
         """Return the model in float32, in evaluation mode."""
@@ -89,25 +91,67 @@ def export_gguf(
         UsageError: ``out`` exists, or ``source`` is no model.
         VerificationError: the file computes something else than rounding explains; nothing is kept.
     """
-    if out.exists():
-        raise UsageError(f"{out}: exists already; choose another name or remove it")
+    refuse_existing(out)
     opened = Source.open(source)
-    shape = opened.shape
-    shared = shape.share != "none" if shared is None else shared
-    tensors = _encoded(opened, kind)
-    name = _name(source)
+    shared = opened.shape.share != "none" if shared is None else shared
+    return write_checked(opened, _encoded(opened, kind), out, shared, tokens=tokens, show=show)
+
+
+def write_checked(
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    shared: bool,
+    metadata: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    tokens: int = 1024,
+    show: Show = quiet,
+) -> dict[str, Any]:
+    """Write encoded tensors of a model as a GGUF file, read it again, and compare it with the model on real text.
+
+    Args:
+        source: the model.
+        tensors: its weights as they are to be stored, by name.
+        out: the file to make; the figures are recorded beside it as ``OUT.json``.
+        shared: store what layers share once.
+        metadata: what the file states beyond shape and tokenizer.
+        facts: what is recorded beyond the check's figures.
+        tokens: predictions that are compared.
+        show: told the progress.
+
+    Returns:
+        What is recorded.
+
+    Raises:
+        UsageError: ``out`` exists.
+        VerificationError: the file computes something else than rounding explains; nothing is kept.
+    """
+    refuse_existing(out)
     with replaced_file(out) as work:
         write_model(
-            work, shape, tensors, opened.tokenizer, shared, name, lambda done, total: show("write bytes", done, total)
+            work,
+            source.shape,
+            tensors,
+            source.tokenizer,
+            shared,
+            source.name,
+            metadata,
+            lambda done, total: show("write bytes", done, total),
         )
-        rows = passages(opened.tokenizer, shape.max_position_embeddings, tokens)
-        expected = _logits_of(opened, rows, show)
+        rows = passages(source.tokenizer, source.shape.max_position_embeddings, tokens)
+        expected = _logits_of(source, rows, show)
         copy, tokenizer = load_gguf(work, torch.float32)
         parity = compare(lambda ids: next(expected), torch_logits(copy), rows, tokenizer, show)
         parity.require(out, max(MOST_KL[tensor.kind.name] for tensor in tensors.values()))
-        facts = _facts(name, work, shared, tensors, parity)
-    write_json(out.with_name(f"{out.name}.json"), facts)
-    return facts
+        record = _facts(source.name, work, shared, tensors, parity) | dict(facts or {})
+    write_json(out.with_name(f"{out.name}.json"), record)
+    return record
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise a UsageError if there is something at ``out`` already."""
+    if out.exists():
+        raise UsageError(f"{out}: exists already; choose another name or remove it")
 
 
 def _logits_of(source: Source, rows: list[list[int]], show: Show) -> Iterator[NDArray[np.float32]]:

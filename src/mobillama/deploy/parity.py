@@ -112,7 +112,11 @@ class Comparison:
 
     def add(self, ids: Sequence[int], model_tv: NDArray[np.float32], copy_tv: NDArray[np.float32]) -> None:
         """Take in a passage of ids (t + 1) and the logits (t, v) that follow its first t."""
-        targets = np.array(ids[1:])
+        for start in range(0, len(ids) - 1, _ROW):  # a part at a time, since float64 of long passages is large
+            part = slice(start, start + _ROW)
+            self._add(np.array(ids[1:])[part], model_tv[part], copy_tv[part])
+
+    def _add(self, targets: NDArray[np.int64], model_tv: NDArray[np.float32], copy_tv: NDArray[np.float32]) -> None:
         ours_tv, theirs_tv = (logits[:, : self._vocabulary].astype(np.float64) for logits in (model_tv, copy_tv))
         error_tv = np.abs(ours_tv - theirs_tv)
         ours_tv, theirs_tv = _log_softmax(ours_tv), _log_softmax(theirs_tv)
@@ -123,6 +127,13 @@ class Comparison:
         self._largest = float(np.maximum(self._largest, error_tv.max()))
         self._tokens += len(targets)
         self._bytes += int(self._lengths[targets].sum())
+
+    def merge(self, other: Comparison) -> None:
+        """Take in what another one added up."""
+        self._sums += other._sums
+        self._largest = float(np.maximum(self._largest, other._largest))
+        self._tokens += other._tokens
+        self._bytes += other._bytes
 
     def result(self) -> Parity:
         """Return the figures of all passages so far."""

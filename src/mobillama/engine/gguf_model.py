@@ -140,6 +140,7 @@ def write_model(
     tokenizer: Tokenizer,
     shared: bool,
     name: str = "",
+    metadata: Mapping[str, Any] | None = None,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a model as a GGUF file, whole or not at all; encoded bytes are stored as they are given.
@@ -151,6 +152,7 @@ def write_model(
         tokenizer: the model's.
         shared: store what layers share once; else with every layer that uses it, as stock llama.cpp demands.
         name: of the model, for people.
+        metadata: what else the file is to state.
         show: told the bytes written so far, and of all.
 
     Raises:
@@ -159,8 +161,8 @@ def write_model(
     """
     names = _names(shape, repeated=not shared)
     placed = [_reordered(tensors[ours], theirs, ours, shape, _side_by_side) for theirs, ours in names.items()]
-    metadata = _shape_metadata(shape, name) | {"general.file_type": _file_type(tensors)}
-    write_gguf(path, metadata | tokenizer_metadata(tokenizer, shape.vocab_size), placed, show)
+    facts = _shape_metadata(shape, name) | {"general.file_type": _file_type(tensors)} | dict(metadata or {})
+    write_gguf(path, facts | tokenizer_metadata(tokenizer, shape.vocab_size), placed, show)
 
 
 def _reordered(

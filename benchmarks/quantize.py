@@ -131,6 +131,7 @@ def main() -> None:
         for kind, way, figures in measure(source, args, folder, show):
             found["rows"].append({"type": kind, "way": way, **figures})
             note(f"{kind}, {way}: {', '.join(f'{cost(run):+.3%}' for run in figures['runs'])}")
+        write_json(args.results, found)  # whatever becomes of the suite
         if args.suite_data:
             models = {"bf16": args.model}
             models |= {
@@ -138,7 +139,7 @@ def main() -> None:
             }
             models = {name: path for name, path in models.items() if path.exists()}
             found["quick"] = scores(models, args.suite_data, args.device, args.limit, folder)
-    write_json(args.results, found)
+            write_json(args.results, found)
     rows = []
     for row in found["rows"]:
         costs, whole = [cost(run) for run in row["runs"]], row["runs"][0]["held_out"]["all"]

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from apart import measure_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobillama.console import note, table
+from mobillama.console import table
 from mobillama.engine.torch_engine import TorchEngine
 from mobillama.model.cost import model_cost
 from mobillama.model.swiglu import swiglu
@@ -190,15 +190,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     for name in args.contenders:
-        note(f"{args.preset}: {name} …")
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            found[name] = json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1:]}
-        except subprocess.TimeoutExpired:
-            found[name] = {"error": [f"took longer than {args.limit} s"]}
-        note(f"  {found[name].get('tokens_per_second', found[name])}")
+        found[name] = measure_apart(args.preset, name, args.limit)
     show(f"{args.preset}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
     results = read_json(args.out) if args.out.exists() else {}
     results[f"{args.preset}, {args.device}"] = {

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,9 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from apart import measure_apart
 from contenders import CONTENDERS, PEERS, our_train_config
 
-from mobillama.console import note, table
+from mobillama.console import table
 from mobillama.data.dataset import Batch, Dataset
 from mobillama.model.cost import model_cost
 from mobillama.recipe import PRESETS, ModelConfig, OptimizerConfig, PretrainRecipe
@@ -144,15 +143,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure each contender in a process of its own; yield what is known after each of them."""
     found: dict[str, Any] = {}
     for name in args.contenders:
-        note(f"{args.preset}: {name} …")
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            found[name] = json.loads(lines[-1]) if lines else {"error": done.stderr.strip().splitlines()[-1:]}
-        except subprocess.TimeoutExpired:
-            found[name] = {"error": [f"took longer than {args.limit} s"]}
-        note(f"  {found[name].get('tokens_per_second', found[name])}")
+        found[name] = measure_apart(args.preset, name, args.limit)
         yield {"contenders": found, "ratios": ratios_of(found)}
 
 

@@ -177,6 +177,8 @@ def test_a_gguf_file_opens_in_it_and_in_torch_on_wish(gguf):
     reference, _ = load_engine(gguf, TORCH)
     assert (engine.name, reference.name) == (NATIVE, TORCH)
     assert distance(engine.feed(IDS), reference.feed(IDS)) < 2e-2
+    with pytest.raises(UsageError, match="--threads: 9999 where there are"):
+        load_engine(gguf, threads=9999)
 
 
 def decode_in_a_process(gguf, **environment) -> subprocess.CompletedProcess[str]:

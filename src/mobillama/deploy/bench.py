@@ -23,8 +23,9 @@ from mobillama.deploy.energy import Meter, open_meters
 from mobillama.engine import ENGINES, TORCH
 from mobillama.engine.gguf import read_gguf
 from mobillama.engine.gguf_model import SHARE_KEY
-from mobillama.engine.load import engine_for, engines_for
+from mobillama.engine.load import check_threads, engine_for, engines_for
 from mobillama.errors import MobiLlamaError, UsageError
+from mobillama.record.environment import available_cores
 
 LLAMA_CPP = "llama.cpp"
 PREFILLS = (64, 512)
@@ -285,9 +286,8 @@ def thread_counts(wanted: Sequence[int], device: str = "cpu") -> tuple[int, ...]
     Raises:
         UsageError: more threads than cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted and max(wanted) > cores:
-        raise UsageError(f"--threads: {max(wanted)} on a machine of {cores} cores; take fewer")
+    cores = available_cores()
+    check_threads(max(wanted, default=0))
     return tuple(wanted) or ((cores,) if device != "cpu" else tuple(sorted({1, cores})))
 
 

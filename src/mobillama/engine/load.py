@@ -9,6 +9,7 @@ from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
 from mobillama.engine.interface import Engine
 from mobillama.errors import UsageError
+from mobillama.record.environment import available_cores
 
 GRAPH_FILE = "model.onnx"
 
@@ -50,6 +51,16 @@ def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
     return able[0]
 
 
+def check_threads(threads: int) -> None:
+    """Refuse more threads than cores: they would wait for one another.
+
+    Raises:
+        UsageError: there are fewer cores.
+    """
+    if threads > (cores := available_cores()):
+        raise UsageError(f"--threads: {threads} where there are {cores} cores; take at most as many")
+
+
 def _native_is_built() -> bool:
     from mobillama.native.build import CannotBuild
     from mobillama.native.library import library
@@ -72,7 +83,8 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         device: cpu, cuda, or auto: a GPU where torch sees one.
 
     Raises:
-        UsageError: there is no model, the engine cannot open it, or its tokenizer is missing or has another vocabulary.
+        UsageError: there is no model, the engine cannot open it, there are fewer cores than ``threads``, or its tokenizer is
+            missing or has another vocabulary.
         CorruptDataError: it is damaged.
     """
     opened = open_engine(path, engine, threads, device)
@@ -87,6 +99,7 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
 
 def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> Engine:
     """Return the engine of a file or directory; arguments and errors are those of :func:`load_engine`."""
+    check_threads(threads)
     chosen_engine = engine_for(path, engine, device)
     if chosen_engine != TORCH and device == "cuda":
         raise UsageError(f"{path}: {chosen_engine} computes on the CPU here; leave --device out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mobillama.engine.interface import Memory, check_tokens
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.native.build import CannotBuild
 from mobillama.native.library import Layer, Shape, kernels, library
+from mobillama.record.environment import available_cores
 
 _NO_MEMORY, _NOT_FINITE = -1, -2
 _MATRICES = {
@@ -63,7 +63,7 @@ class NativeEngine:
                 shape.rope_theta,
                 exact,
             ),
-            threads or _cores(),
+            threads or available_cores(),
             (with_kernels or kernels()[0]).encode(),
         )
         if not self._model:
@@ -168,7 +168,3 @@ class NativeEngine:
 
 
 _TOO_LARGE = "native engine: the model and its context do not fit the memory; close other programs"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -77,8 +77,8 @@ def compile_objects(
         CannotBuild: the compiler fails.
     """
     jobs = {"main": [str(main)]}
-    for name, flags in _kernels(machine).items():
-        jobs[name] = ["kernels.cpp", f"-DKERNELS={name}", *flags.split()]
+    for name, instructions in _kernels(machine).items():
+        jobs[name] = ["kernels.cpp", f"-DKERNELS={name}", *instructions.split()]
     objects = {name: work / f"{name}.o" for name in jobs}
     run_all([[*command, *_COMMON, *flags, "-I.", "-c", *job, "-o", str(objects[name])] for name, job in jobs.items()])
     return list(objects.values())

@@ -16,6 +16,11 @@ _RESULTS = (":!benchmarks/results", ":!docs/experiments")  # what a measurement 
 _PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "sentencepiece", "tokenizers", "datatrove")
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Return date (UTC), processor, cores, operating system, versions, and the commit of a source checkout."""
     return {

@@ -33,7 +33,8 @@ def add(verbs: Verbs) -> None:
         "--method",
         choices=("rtn", "gptq"),
         default="gptq",
-        help="rtn: round to nearest; gptq: calibrated: what codes do to outputs on text decides, which takes time (default: %(default)s)",
+        help="rtn: round to nearest; gptq: calibrated, what codes do to outputs on text decides, which takes time "
+        "(default: %(default)s)",
     )
     verb.add_argument(
         "--calibration",

@@ -55,6 +55,37 @@ class Engine(Protocol):
         ...
 
 
+class BatchEngine(Protocol):
+    """Several sequences decoded together, each in a slot of its own: a step reads the weights once for all of them.
+
+    Keys and values of every slot are allocated when the model is loaded.
+    """
+
+    name: str
+    slots: int
+    context_length: int
+    """Tokens that one slot holds."""
+    vocab_size: int
+    memory: Memory
+
+    def length(self, slot: int) -> int:
+        """Return the number of tokens that a slot has taken in."""
+        ...
+
+    def feed(self, work: Sequence[tuple[int, Sequence[int]]]) -> NDArray[np.float32]:
+        """Take in tokens (slot, ids) after those that each slot holds; return the logits (work, vocabulary) that follow the
+        last token of each. A prompt and other sequences' next tokens may be fed together.
+
+        Raises:
+            ValueError: no work, a slot named twice or not there, or tokens that :meth:`Engine.feed` refuses.
+        """
+        ...
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all tokens of a slot from position ``length`` on."""
+        ...
+
+
 def check_tokens(ids: Sequence[int], engine: Engine) -> None:
     """Refuse what an engine cannot take in.
 

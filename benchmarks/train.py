@@ -139,9 +139,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure each contender in a process of its own; yield what is known after each of them."""
-    found: dict[str, Any] = {}
+def compare(args: argparse.Namespace, earlier: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure each contender in a process of its own; yield what is known after each of them, ``earlier`` included."""
+    found = dict(earlier)
     for name in args.contenders:
         found[name] = measure_apart(args.preset, name, args.limit)
         yield {"contenders": found, "ratios": ratios_of(found)}
@@ -156,6 +156,16 @@ def ratios_of(found: dict[str, Any]) -> dict[str, float]:
             if "tokens_per_second" in found.get(name, {}):
                 ratios[f"{mine} / {name}"] = found[mine]["tokens_per_second"] / found[name]["tokens_per_second"]
     return ratios
+
+
+def are_alike(here: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Tell whether an earlier result is of the same hour, machine, commit and batch, so that this one may go on with it."""
+
+    def facts(result: dict[str, Any]) -> tuple[Any, ...]:
+        environment = result["environment"]
+        return result["micro_batch"], environment["date"][:13], *(environment[key] for key in ("machine", "commit"))
+
+    return facts(here) == facts(earlier)
 
 
 def show(title: str, result: dict[str, Any]) -> None:
@@ -200,8 +210,10 @@ def main() -> None:
     args.contenders = args.contenders or DEFAULTS[args.device.partition(":")[0]]
     key = f"{args.preset} {args.device}{' data' if args.data else ''}"
     known = read_json(args.out) if args.out.exists() else {}
-    for compared in compare(args):
-        result = {"environment": environment(), "micro_batch": args.micro_batch, **compared}
+    here = {"environment": environment(), "micro_batch": args.micro_batch}
+    earlier = known.get(key, {})
+    for compared in compare(args, earlier["contenders"] if earlier and are_alike(here, earlier) else {}):
+        result = {**here, **compared}
         write_json(args.out, {**known, key: result})
     show(key, result)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobillama.train.hopper import gated_product, gated_product_backward, product_plus, weight_gradient
+from mobillama.model.linear import add_weight_gradient
+from mobillama.train.hopper import gated_product, gated_product_backward, product_plus
 
 Operand = tuple[Tensor, ...]
 
@@ -57,7 +58,7 @@ class Bfloat16:
 
     def weight_gradient(self, total_oi: Tensor | None, grad: Operand, x_ni: Tensor, largest: Tensor) -> Tensor:
         """Return ``total + grad.T @ x`` (o, i) in float32."""
-        return weight_gradient(total_oi, grad[0], x_ni)
+        return add_weight_gradient(total_oi, grad[0], x_ni)
 
 
 class Float8:

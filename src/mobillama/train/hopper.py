@@ -7,7 +7,6 @@ kernels compute and with which :mod:`mobillama.train.fused` is tested.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobillama.errors import UsageError
-from mobillama.model.linear import add_weight_gradient
 from mobillama.recipe import ModelConfig
 
 
@@ -81,32 +79,6 @@ def _tiles(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int] = (
     )
 
 
-@functools.cache
-def _tiles_of_sum(rows: int, columns: int, processors: int) -> Any:
-    """Return the tiles of a (rows, columns) product over many tokens: those whose last wave leaves the least idle.
-
-    A cluster is two tiles on two multiprocessors; all clusters that run at once are a wave, which takes as long as a tile
-    has places.
-    """
-
-    def places(tiles: tuple[int, int, bool, tuple[int, int]]) -> int:
-        clusters = math.prod(
-            -(-size // (tile * count)) for size, tile, count in zip((rows, columns), tiles[:2], tiles[3], strict=True)
-        )
-        return -(-clusters // (processors // 2)) * tiles[0] * tiles[1]
-
-    return _tiles(*min(_SUM_TILES, key=places))
-
-
-# (rows, columns, pingpong, cluster), those first that are faster where waves are as full.
-_SUM_TILES = (
-    (256, 192, False, (1, 2)),
-    (256, 192, False, (2, 1)),
-    (256, 128, False, (2, 1)),
-    (192, 128, True, (1, 2)),
-)
-
-
 def gated_product(x_ni: Tensor, weight_ji: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x @ weight.T`` (n, j), in which gates and their factors take turns, and silu(gate) · factor (n, j/2)."""
     if x_ni.is_cuda:
@@ -144,19 +116,6 @@ def product_plus(x_ni: Tensor, weight_oi: Tensor, residual_no: Tensor) -> Tensor
         )
         return total_no
     return x_ni @ weight_oi.T + residual_no
-
-
-def weight_gradient(total_oi: Tensor | None, grad_no: Tensor, x_ni: Tensor) -> Tensor:
-    """Return ``total + grad.T @ x`` (o, i) in float32, added up where ``total`` lies."""
-    if not grad_no.is_cuda:
-        return add_weight_gradient(total_oi, grad_no, x_ni)
-    shape = grad_no.shape[1], x_ni.shape[1]
-    sum_oi = grad_no.new_empty(shape, dtype=torch.float32) if total_oi is None else total_oi
-    processors = torch.cuda.get_device_properties(grad_no.device).multi_processor_count
-    _libraries()[0].gemm_tuned.fn(
-        grad_no.T, x_ni, sum_oi, add_to_output=total_oi is not None, config=_tiles_of_sum(*shape, processors)
-    )
-    return sum_oi
 
 
 def attention(q_bthd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

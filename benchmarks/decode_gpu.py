@@ -172,6 +172,12 @@ def show(title: str, found: dict[str, Any]) -> None:
     table(title, [*columns, "first token ms"], rows)
 
 
+def _without_out(words: list[str]) -> list[str]:
+    """Leave out where the result goes: a place on one machine."""
+    place = words.index("--out") if "--out" in words else len(words)
+    return words[:place] + words[place + 2 :]
+
+
 def main() -> None:
     """Compare, or measure one contender here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,7 +201,7 @@ def main() -> None:
     results = read_json(args.out) if args.out.exists() else {}
     results[f"{args.preset}, {args.device}"] = {
         "environment": environment(),
-        "command": " ".join(["benchmarks/decode_gpu.py", *sys.argv[1:]]),
+        "command": " ".join(["benchmarks/decode_gpu.py", *_without_out(sys.argv[1:])]),
         "weights": "random",
         "tokens": args.tokens,
         "contenders": found,

@@ -55,7 +55,12 @@ class State:
 
 def make_app(state: State, lifespan: Callable[[Any], Any] | None = None) -> Starlette:
     """Return the application; ``state`` is filled when the model is there."""
-    handlers: dict[Any, Any] = {RequestError: _say, HTTPException: _say_http, Exception: _say_failure}
+    handlers: dict[Any, Any] = {
+        RequestError: _say,
+        HTTPException: _say_http,
+        ClientDisconnect: _say_nothing,
+        Exception: _say_failure,
+    }
     app = Starlette(
         routes=[
             Route("/health", _health),
@@ -344,6 +349,10 @@ async def _say_http(request: Request, error: HTTPException) -> Response:
     return await _say(
         request, RequestError(f"{request.method} {request.url.path[:80]}: {error.detail}", status=error.status_code)
     )
+
+
+async def _say_nothing(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # no one reads it; the metrics count it
 
 
 async def _say_failure(request: Request, error: Exception) -> Response:

@@ -92,9 +92,30 @@ def check_tokens(ids: Sequence[int], engine: Engine) -> None:
     Raises:
         ValueError: see :meth:`Engine.feed`.
     """
+    _check(ids, engine.length, engine)
+
+
+def check_work(work: Sequence[tuple[int, Sequence[int]]], engine: BatchEngine) -> None:
+    """Refuse what an engine of several sequences cannot take in.
+
+    Raises:
+        ValueError: see :meth:`BatchEngine.feed`.
+    """
+    if not work:
+        raise ValueError("an engine is fed the tokens of at least one slot")
+    slots = [slot for slot, _ in work]
+    if not (min(slots) >= 0 and max(slots) < engine.slots):
+        raise ValueError(f"there are the slots 0…{engine.slots - 1}, not {min(slots)}…{max(slots)}")
+    if len(set(slots)) < len(slots):
+        raise ValueError("a slot stands twice in one feed; put its tokens together")
+    for slot, ids in work:
+        _check(ids, engine.length(slot), engine)
+
+
+def _check(ids: Sequence[int], held: int, engine: Engine | BatchEngine) -> None:
     if not ids:
         raise ValueError("an engine is fed at least one token")
-    if engine.length + len(ids) > engine.context_length:
-        raise ValueError(f"a context of {engine.context_length} tokens cannot hold {engine.length + len(ids)}")
+    if held + len(ids) > engine.context_length:
+        raise ValueError(f"a context of {engine.context_length} tokens cannot hold {held + len(ids)}")
     if not (min(ids) >= 0 and max(ids) < engine.vocab_size):
         raise ValueError(f"the model knows the ids 0…{engine.vocab_size - 1}, not {min(ids)}…{max(ids)}")

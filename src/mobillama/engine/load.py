@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
-from mobillama.engine.interface import Engine
+from mobillama.engine.interface import BatchEngine, Engine
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
 
@@ -123,6 +123,30 @@ def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
     from mobillama.engine.torch_gguf import load_gguf
 
     return TorchEngine(load_gguf(path)[0].to(chosen))
+
+
+def open_batch_engine(
+    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto"
+) -> BatchEngine:
+    """Return an engine that decodes several sequences together.
+
+    Args:
+        path: see :func:`load_engine`, as ``engine``, ``threads`` and ``device``.
+        slots: number of sequences.
+
+    Raises:
+        UsageError: see :func:`load_engine`; or the engine decodes one sequence at a time.
+        CorruptDataError: the model is damaged.
+    """
+    check_threads(threads)
+    chosen = engine_for(path, engine, device)
+    if chosen != NATIVE:
+        raise UsageError(f"{path}: {chosen} decodes one sequence at a time; export it as a GGUF file")
+    if device == "cuda":
+        raise UsageError(f"{path}: {chosen} computes on the CPU here; leave --device out")
+    from mobillama.engine.native_engine import NativeBatchEngine
+
+    return NativeBatchEngine.load(path, slots, threads)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer:

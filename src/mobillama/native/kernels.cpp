@@ -72,8 +72,7 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
         const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
         const V scale = load_half(pair + g % 2 * 32);
-        if (N == 1)
-            for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
+        for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
         Bytes w[8];
         UNROLL
         for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
@@ -154,23 +153,22 @@ void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int fir
     }
 }
 
+// Products of one panel with n <= N vectors.
+template <int N>
+void panel_times_up_to(int n, const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
+    if (n == N) return panel_times<N>(m, panel, in, first, sums);
+    if constexpr (N > 1) panel_times_up_to<N - 1>(n, m, panel, in, first, sums);
+}
+
 void multiply(const Matrix& m, int first, int last, const Input& in, float* out, int stride, bool add_to) {
     for (int p = first; p < last; p++) {
         const uint8_t* panel = m.data + (size_t)p * m.panel_bytes;
         const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
         for (int v = 0, n; v < in.n; v += n) {
-            const int left = in.n - v;
+            const int left = in.n - v, passes = (left + COLUMNS - 1) / COLUMNS;
+            n = (left + passes - 1) / passes;  // passes of one width, none of them narrow
             V sums[COLUMNS];
-            if (COLUMNS >= 16 && left >= 16)
-                panel_times<COLUMNS >= 16 ? 16 : 1>(m, panel, in, v, sums), n = 16;
-            else if (COLUMNS >= 8 && left >= 8)
-                panel_times<COLUMNS >= 8 ? 8 : 1>(m, panel, in, v, sums), n = 8;
-            else if (COLUMNS >= 4 && left >= 4)
-                panel_times<COLUMNS >= 4 ? 4 : 1>(m, panel, in, v, sums), n = 4;
-            else if (left >= 2)
-                panel_times<2>(m, panel, in, v, sums), n = 2;
-            else
-                panel_times<1>(m, panel, in, v, sums), n = 1;
+            panel_times_up_to<COLUMNS>(n, m, panel, in, v, sums);
             for (int i = 0; i < n; i++) {
                 float* to = out + (size_t)(v + i) * stride + p * PANEL;
                 if (rows == PANEL)

@@ -39,6 +39,7 @@ SHAPES = {
         "share": "ffn", "ffn_groups": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
     "own head width, one key head, QK-norm": {"share": "none", "head_dim": 24, "num_key_value_heads": 1, "qk_norm": True},
+    "heads of 32, grouped": {"share": "ffn", "head_dim": 32, "num_key_value_heads": 2},
     "odd sizes": {"hidden_size": 72, "head_dim": 18, "intermediate_size": 100},
 }  # fmt: skip
 BASE = {
@@ -89,8 +90,9 @@ def test_logits_are_torchs(changes, kind):
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "f16"])
-def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same_bits(kind):
-    model = model_of(kind, num_key_value_heads=2)
+@pytest.mark.parametrize("head", [32, 40])
+def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same_bits(kind, head):
+    model = model_of(kind, num_key_value_heads=2, head_dim=head)
     for name in kernels():
         engine = NativeEngine(model, 2, name)
         each = engine.feed_each(IDS)
@@ -105,9 +107,9 @@ def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same_bi
         assert np.array_equal(engine.feed_each(IDS[140:]), each[140:])
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "f16"])
-def test_each_slot_has_the_bits_that_its_sequence_has_alone(kind):
-    model = model_of(kind, num_key_value_heads=2)
+@pytest.mark.parametrize(("kind", "head"), [("q4_0", 32), ("q4_0", 40), ("f16", 32)])
+def test_each_slot_has_the_bits_that_its_sequence_has_alone(kind, head):
+    model = model_of(kind, num_key_value_heads=2, head_dim=head)
     draw = np.random.default_rng(3)
     rows = [draw.integers(0, 333, 60 + 17 * slot).tolist() for slot in range(5)]
     for name in kernels():
@@ -128,7 +130,7 @@ def test_each_slot_has_the_bits_that_its_sequence_has_alone(kind):
 
 
 def test_a_slot_is_used_again_after_truncation_and_its_neighbours_do_not_notice():
-    model = model_of("q4_1")
+    model = model_of("q4_1", head_dim=32)
     engine = NativeBatchEngine(model, 2, 2)
     engine.feed([(0, IDS[:50]), (1, IDS[50:90])])
     engine.truncate(0, 0)
@@ -217,7 +219,19 @@ def test_a_shared_weight_is_stored_and_counted_once():
     assert shared.weights - shared.read_per_token == table
     tied = model_of("q4_0", tie_word_embeddings=True)
     assert NativeEngine(tied, 1).memory.read_per_token == NativeEngine(tied, 1).memory.weights
-    assert shared.cache == 3 * 4 * 208 * (40 + 48) * 2
+
+
+def test_keys_and_values_take_half_the_memory_as_codes():
+    model = model_of("q4_0", head_dim=32)
+    positions, heads = 256, 3 * 4
+    codes, floats = NativeEngine(model, 1), NativeEngine(model, 1, cache="f16")
+    assert floats.memory.cache == heads * positions * 2 * 32 * 2
+    # A key has a scale, with room for a second block's; a value's column has one, and ones beside its codes.
+    assert codes.memory.cache == heads * positions * ((32 + 2) * 2 + (32 + 2) + 4)
+    expected = torch_logits(model)
+    assert distance(floats.feed_each(IDS), expected) < distance(codes.feed_each(IDS), expected) < 2e-2
+    assert NativeEngine(model, 1, exact=True).memory.cache == floats.memory.cache
+    assert NativeEngine(model_of("f16", head_dim=32), 1).memory.cache == floats.memory.cache
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.engine.blocks import decode
+from mobillama.engine.blocks import F16, Q8_0, TYPES, BlockType, decode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
 from mobillama.engine.interface import Memory, check_work
@@ -41,6 +41,8 @@ class NativeBatchEngine:
         threads: to compute with; 0: one for each core that this process may use.
         with_kernels: one of :func:`mobillama.native.library.kernels`; empty: the best.
         exact: multiply in floats instead of 8-bit activations; slow, for comparison.
+        cache: type of keys and values, f16, or q8_0 where heads are a multiple of 32 wide; empty: q8_0 where that can be and
+            weights are quantized too.
 
     Raises:
         CorruptDataError: weights are infinite or no numbers.
@@ -50,7 +52,13 @@ class NativeBatchEngine:
     name = "native"
 
     def __init__(
-        self, model: GGUFModel, slots: int, threads: int = 0, with_kernels: str = "", exact: bool = False
+        self,
+        model: GGUFModel,
+        slots: int,
+        threads: int = 0,
+        with_kernels: str = "",
+        exact: bool = False,
+        cache: str = "",
     ) -> None:
         shape = model.shape
         self.slots, self.context_length, self.vocab_size = slots, shape.max_position_embeddings, shape.vocab_size
@@ -71,6 +79,7 @@ class NativeBatchEngine:
                 shape.rms_norm_eps,
                 shape.rope_theta,
                 exact,
+                (TYPES[cache] if cache else _cache_type(model, exact)).code,
             ),
             threads or available_cores(),
             (with_kernels or kernels()[0]).encode(),
@@ -84,9 +93,7 @@ class NativeBatchEngine:
         self._products = np.empty(most_rows * self._chunk, np.float32)  # takes memory only where it is written
         weights = sum(tensor.nbytes for tensor in model.tensors.values())
         table = model.tensors[EMBEDDING].nbytes if HEAD in model.tensors else 0
-        positions, width = -(-self.context_length // 16) * 16, shape.attention_head_dim
-        cache = 2 * shape.num_hidden_layers * shape.key_value_heads * positions * (width + -(-width // 16) * 16)
-        self.memory = Memory(weights, weights - table, slots * cache)
+        self.memory = Memory(weights, weights - table, self._library.mobillama_cache_bytes(self._model))
 
     @classmethod
     def load(cls, path: Path, slots: int, threads: int = 0) -> NativeBatchEngine:
@@ -194,8 +201,15 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, model: GGUFModel, threads: int = 0, with_kernels: str = "", exact: bool = False) -> None:
-        self._batch = NativeBatchEngine(model, 1, threads, with_kernels, exact)
+    def __init__(
+        self,
+        model: GGUFModel,
+        threads: int = 0,
+        with_kernels: str = "",
+        exact: bool = False,
+        cache: str = "",
+    ) -> None:
+        self._batch = NativeBatchEngine(model, 1, threads, with_kernels, exact, cache)
         self.context_length, self.vocab_size = self._batch.context_length, self._batch.vocab_size
         self.memory = self._batch.memory
 
@@ -224,6 +238,11 @@ class NativeEngine:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         self._batch.truncate(0, length)
+
+
+def _cache_type(model: GGUFModel, exact: bool) -> BlockType:
+    quantized = model.tensors["model.layers.0.self_attn.k_proj.weight"].kind.is_quantized
+    return Q8_0 if quantized and not exact and model.shape.attention_head_dim % Q8_0.values == 0 else F16
 
 
 def _opened(path: Path, engine_of: Callable[[GGUFModel], E]) -> E:

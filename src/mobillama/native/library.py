@@ -22,6 +22,7 @@ class Shape(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("theta", ctypes.c_float),
         ("exact", ctypes.c_int32),
+        ("cache", ctypes.c_int32),
     ]
 
 
@@ -49,6 +50,7 @@ _FUNCTIONS = {
     "add_matrix": (_INT, [_POINTER, _INT, _INT, _INT, _POINTER]),
     "add_vector": (_INT, [_POINTER, _POINTER, _INT]),
     "prepare": (_INT, [_POINTER, ctypes.POINTER(Layer), _INT, _INT, _INT, _INT]),
+    "cache_bytes": (ctypes.c_size_t, [_POINTER]),
     "feed": (None, [_POINTER, _POINTER, ctypes.POINTER(Run), _INT, _POINTER]),
     "multiply_only": (None, [_POINTER, _INT, _POINTER]),
 }

@@ -33,6 +33,7 @@ extern const Kernels kernels_portable;
 
 namespace {
 
+constexpr int QUERIES = 8;  // heads and tokens whose attention is computed at once
 constexpr int CHUNK = 128;  // tokens taken in at once: their activations fit the second-level cache beside a panel
 
 // The sets that this processor can run, best first.
@@ -112,6 +113,7 @@ struct Shape {
     int32_t vocabulary, width, inner, layers, heads, key_heads, head_width, context, slots;
     float eps, theta;
     int32_t exact;  // activations as floats
+    int32_t cache;  // kind of keys and values: F16, or Q8_0 where head_width is a whole number of blocks
 };
 
 // The weights that a layer uses, as indices: matrices q, k, v, o, gate, up, down; norms before attention and network, of
@@ -165,8 +167,13 @@ public:
     bool prepare() {
         const size_t blocks = (size_t)std::max({shape.width, shape.inner, queries}) / BLOCK + 1;
         qkv_width = queries + 2 * keys;
-        room = padded(shape.context, 16);
-        value_width = padded(shape.head_width, 16);
+        const Kind kind = (Kind)shape.cache;
+        room = padded(shape.context, 2 * BLOCK);
+        key_panel = panel_bytes(kind, shape.head_width);
+        value_panel = panel_bytes(kind, room);
+        values_at = room / PANEL * key_panel;
+        scales_at = values_at + padded(shape.head_width, PANEL) / PANEL * value_panel;
+        head_bytes = scales_at + (kind == Q8_0 ? room * sizeof(float) : 0);
         x = allocate_floats((size_t)CHUNK * shape.width);
         normed = allocate_floats((size_t)CHUNK * shape.width);
         qkv = allocate_floats((size_t)CHUNK * qkv_width);
@@ -176,17 +183,17 @@ public:
         sine = allocate_floats((size_t)shape.context * shape.head_width / 2);
         shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
-        const size_t key_rows = (size_t)shape.slots * shape.layers * shape.key_heads * room;
-        key_cache = (uint16_t*)allocate(key_rows * shape.head_width * 2);
-        value_cache = (uint16_t*)allocate(key_rows * value_width * 2);
-        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && key_cache && value_cache;
+        cache = (uint8_t*)allocate(cache_bytes());
+        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && cache;
         for (int t = 0; t < pool.size(); t++) {
             own.push_back({});
             own[t].scores = allocate_floats((size_t)QUERIES * room);
             own[t].pair = allocate_floats((size_t)2 * CHUNK * BLOCK);
             own[t].normed = allocate_floats(std::max(shape.width, queries));
             own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
-            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks;
+            own[t].heads = allocate_floats((size_t)2 * QUERIES * padded(shape.head_width, PANEL));
+            own[t].head_blocks = (Activations*)allocate((size_t)QUERIES * room / BLOCK * sizeof(Activations));
+            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads && own[t].head_blocks;
         }
         if (!complete) return false;
         const int half = shape.head_width / 2;
@@ -199,6 +206,9 @@ public:
         }
         return true;
     }
+
+    // Keys and values of all slots.
+    size_t cache_bytes() const { return head_bytes * shape.slots * shape.layers * shape.key_heads; }
 
     // Take in at most CHUNK tokens, run after run; write the logits that are wanted, in the order of the tokens.
     void feed(const int32_t* ids, const Run* runs, int count, float* logits) {
@@ -237,8 +247,12 @@ private:
         int first, n;
     };
     struct Own {  // of a thread
-        float *scores, *pair, *normed;
-        Activations* blocks;
+        float *scores, *pair, *normed, *heads;
+        Activations *blocks, *head_blocks;
+    };
+    struct Cache {  // of a sequence's layer and head: a key is a row, a value is a column
+        Matrix keys, values;
+        float* scales;  // of values, where they are codes
     };
 
     void* allocate(size_t bytes) {
@@ -339,29 +353,42 @@ private:
             kernels.rotate(head, cosine + (size_t)position * d / 2, sine + (size_t)position * d / 2, d,
                            query ? 1.0f / std::sqrt((float)d) : 1.0f);
             if (!query) {
-                const int its = h - shape.heads;
-                kernels.store(head, head + keys, keys_of(places[c].slot, l, its), values_of(places[c].slot, l, its), d,
-                              position);
+                const Cache its = cache_of(places[c].slot, l, h - shape.heads, position + 1);
+                const float scale = kernels.store(its.keys, its.values, head, head + keys, position);
+                if (its.scales) its.scales[position] = scale;
             }
         }
     }
 
+    // Two products, with all keys and with all values, and what makes probabilities of the first one's sums.
     void attend(int t, int l) {
         const int d = shape.head_width;
+        const Own& mine = own[t];
         for (int task = t; task < (int)tiles.size() * shape.key_heads; task += pool.size()) {
-            const int key_head = task % shape.key_heads;
-            const Tile& tile = tiles[task / shape.key_heads];
-            Queries q;
-            q.n = tile.n;
-            for (int j = 0; j < q.n; j++) {
-                const int c = (tile.first + j) / group, h = key_head * group + (tile.first + j) % group;
-                q.query[j] = qkv + (size_t)c * qkv_width + h * d;
-                q.out[j] = mixed + (size_t)c * queries + h * d;
-                q.limit[j] = places[c].position + 1;
-            }
-            const int slot = places[tile.first / group].slot;
-            kernels.attend(q, keys_of(slot, l, key_head), values_of(slot, l, key_head), d, own[t].scores);
+            const int key_head = task % shape.key_heads, first = tiles[task / shape.key_heads].first;
+            const int n = tiles[task / shape.key_heads].n, positions = places[(first + n - 1) / group].position + 1;
+            const auto row_of = [&](int j, float* base, int stride) {
+                return base + (size_t)((first + j) / group) * stride + (key_head * group + (first + j) % group) * d;
+            };
+            float *its_queries = mine.heads, *sums = mine.heads + QUERIES * d;
+            for (int j = 0; j < n; j++) memcpy(its_queries + j * d, row_of(j, qkv, qkv_width), d * sizeof(float));
+            const Cache its = cache_of(places[first / group].slot, l, key_head, positions);
+            const int seen = its.values.columns;
+            multiply_rows(its.keys, {its_queries, d, mine.head_blocks, n}, mine.scores, seen);
+            for (int j = 0; j < n; j++)
+                kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, its.scales);
+            multiply_rows(its.values, {mine.scores, seen, mine.head_blocks, n}, sums, d);
+            for (int j = 0; j < n; j++) memcpy(row_of(j, mixed, queries), sums + j * d, d * sizeof(float));
         }
+    }
+
+    // All of a thread's own product; where it takes blocks, they are made.
+    void multiply_rows(const Matrix& m, Input in, float* out, int stride) {
+        if (takes_blocks(m))
+            for (int v = 0; v < in.n; v++) kernels.quantize(in.floats + (size_t)v * in.stride, m.columns, in.blocks + v, in.n);
+        else
+            in.blocks = nullptr;
+        kernels.multiply(m, 0, m.panels(), in, out, stride, false);
     }
 
     // The network's inner activations: two panels of gate and up at a time make one block for the product with down.
@@ -392,18 +419,21 @@ private:
         kernels.multiply(m, first, last, its, out, BLOCK, false);
     }
 
-    // Where the keys and values of a sequence's layer and head begin, counted in positions.
-    size_t start_of(int slot, int l, int h) const {
-        return (((size_t)slot * shape.layers + l) * shape.key_heads + h) * room;
+    // What the first `positions` of a sequence left at a layer's head.
+    Cache cache_of(int slot, int l, int h, int positions) const {
+        const Kind kind = (Kind)shape.cache;
+        uint8_t* start = cache + (((size_t)slot * shape.layers + l) * shape.key_heads + h) * head_bytes;
+        return {{kind, padded(positions, PANEL), shape.head_width, start, key_panel},
+                {kind, shape.head_width, padded(positions, BLOCK), start + values_at, value_panel},
+                kind == Q8_0 ? (float*)(start + scales_at) : nullptr};
     }
-    uint16_t* keys_of(int slot, int l, int h) const { return key_cache + start_of(slot, l, h) * shape.head_width; }
-    uint16_t* values_of(int slot, int l, int h) const { return value_cache + start_of(slot, l, h) * value_width; }
 
     const Shape shape;
     const Kernels& kernels;
     Pool pool;
     const int queries, keys, group;
-    int qkv_width = 0, room = 0, value_width = 0;
+    int qkv_width = 0, room = 0;
+    size_t key_panel = 0, value_panel = 0, values_at = 0, scales_at = 0, head_bytes = 0;
     std::vector<Matrix> matrices;
     uint8_t* free_weights = nullptr;
     size_t free_bytes = 0;
@@ -415,7 +445,7 @@ private:
     std::vector<int> wanted;
     float *x, *normed, *qkv, *mixed, *gated, *cosine, *sine;
     Activations *shared, *inner;
-    uint16_t *key_cache, *value_cache;
+    uint8_t* cache = nullptr;
 };
 
 }  // namespace
@@ -452,6 +482,8 @@ API int mobillama_prepare(Model* model, const Layer* layers, int n, int embeddin
     model->final_norm = final_norm;
     return model->prepare();
 }
+
+API size_t mobillama_cache_bytes(const Model* model) { return model->cache_bytes(); }
 
 API int mobillama_chunk() { return CHUNK; }
 

@@ -47,8 +47,8 @@ def nats(logits_tv: NDArray[np.float32], ids: list[int]) -> float:
 
 def passages(texts: Path, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     """Yield the beginning of each text that is long enough."""
-    opened = lzma.open(texts, "rt", encoding="utf-8") if texts.suffix == ".xz" else open(texts, encoding="utf-8")
-    with opened as lines:
+    reads = lzma.open if texts.suffix == ".xz" else open
+    with reads(texts, "rt", encoding="utf-8") as lines:
         for line in lines:
             (ids,) = tokenizer.encode([json.loads(line)["text"]])
             if len(ids) >= length:

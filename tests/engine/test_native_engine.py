@@ -16,7 +16,7 @@ from mobillama.engine import NATIVE, TORCH
 from mobillama.engine.blocks import TYPES, encode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import GGUFModel, stored_names, weight_shape, write_model
-from mobillama.engine.load import load_engine, open_batch_engine
+from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.torch_gguf import decode_weights
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
@@ -146,10 +146,10 @@ def test_work_that_cannot_be_taken_in_is_refused_and_changes_nothing():
     engine = NativeBatchEngine(model_of("q4_0"), 2, 1)
     expected = engine.feed([(0, IDS[:4]), (1, IDS[:9])])
     for work, said in (
-        ([], "at least one slot"),
-        ([(2, [1])], "slots 0…1, not 2"),
-        ([(-1, [1])], "slots 0…1, not -1"),
-        ([(0, [1]), (0, [2])], "twice"),
+        ([], "2 slots is fed some of them"),
+        ([(2, [1])], "each once, not"),
+        ([(-1, [1])], "each once, not"),
+        ([(0, [1]), (0, [2])], "each once, not"),
         ([(0, [1]), (1, [])], "at least one token"),
         ([(0, [1]), (1, [333])], "0…332"),
         ([(0, [1]), (1, [1] * 192)], "200 tokens cannot hold 201"),
@@ -253,11 +253,19 @@ def test_a_gguf_file_opens_in_it_and_in_torch_on_wish(gguf):
 
 
 def test_a_gguf_file_opens_for_several_sequences(gguf):
-    batch, engine = open_batch_engine(gguf, 3, threads=1), load_engine(gguf, threads=1)[0]
-    assert (batch.name, batch.slots, batch.vocab_size) == (NATIVE, 3, engine.vocab_size)
+    (batch, tokenizer), engine = (
+        load_batch_engine(gguf, 3, threads=1, context_length=20),
+        load_engine(gguf, threads=1)[0],
+    )
+    assert (batch.name, batch.slots, batch.context_length) == (NATIVE, 3, 20)
+    assert batch.vocab_size == tokenizer.vocab_size == engine.vocab_size
     assert np.array_equal(batch.feed([(2, IDS[:5])])[0], engine.feed(IDS[:5]))
+    with pytest.raises(ValueError, match="20 tokens cannot hold 21"):
+        batch.feed([(2, IDS[:16])])
     with pytest.raises(UsageError, match="computes on the CPU here"):
-        open_batch_engine(gguf, 3, NATIVE, device="cuda")
+        load_batch_engine(gguf, 3, NATIVE, device="cuda")
+    with pytest.raises(UsageError, match=r"--context: 201 tokens; .* at most 200"):
+        load_batch_engine(gguf, 3, context_length=201)
 
 
 def decode_in_a_process(gguf, **environment) -> subprocess.CompletedProcess[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
-from mobillama.engine.interface import BatchEngine, Engine
+from mobillama.engine.interface import BatchEngine, Engine, OneSlot, chosen_context
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
+
+if TYPE_CHECKING:
+    from mobillama.model.transformer import MobiLlama
 
 GRAPH_FILE = "model.onnx"
 
@@ -88,21 +92,45 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         CorruptDataError: it is damaged.
     """
     opened = open_engine(path, engine, threads, device)
+    return opened, _matching_tokenizer(path, opened.vocab_size)
+
+
+def load_batch_engine(
+    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> tuple[BatchEngine, Tokenizer]:
+    """Return an engine of several slots and the tokenizer of a model.
+
+    Args:
+        path: see :func:`load_engine`, as the others.
+        slots: sequences decoded together; engines that decode one sequence have one.
+        engine: see :func:`load_engine`.
+        threads: to compute with.
+        device: to compute on.
+        context_length: tokens that a slot holds; 0: what the model was made for.
+
+    Raises:
+        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for.
+        CorruptDataError: it is damaged.
+    """
+    opened = open_batch_engine(path, slots, engine, threads, device, context_length)
+    return opened, _matching_tokenizer(path, opened.vocab_size)
+
+
+def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tokenizer = _tokenizer_of(path)
-    if tokenizer.vocab_size != opened.vocab_size:
+    if tokenizer.vocab_size != vocab_size:
         raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {opened.vocab_size}; "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
             "put the model's own tokenizer beside it"
         )
-    return opened, tokenizer
+    return tokenizer
 
 
 def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> Engine:
     """Return the engine of a file or directory; arguments and errors are those of :func:`load_engine`."""
     check_threads(threads)
     chosen_engine = engine_for(path, engine, device)
-    if chosen_engine != TORCH and device == "cuda":
-        raise UsageError(f"{path}: {chosen_engine} computes on the CPU here; leave --device out")
+    _check_device(path, chosen_engine, device)
     if chosen_engine == ONNXRUNTIME:
         from mobillama.engine.onnx_engine import OnnxEngine
 
@@ -111,42 +139,51 @@ def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         from mobillama.engine.native_engine import NativeEngine
 
         return NativeEngine.load(path, threads)
-    import torch
-
     from mobillama.engine.torch_engine import TorchEngine
+
+    return TorchEngine(_torch_model(path, threads, device))
+
+
+def open_batch_engine(
+    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> BatchEngine:
+    """Return the engine of several slots of a file or directory; arguments and errors are those of
+    :func:`load_batch_engine`.
+    """
+    chosen = engine_for(path, engine, device)
+    if chosen not in (NATIVE, TORCH):
+        return OneSlot(open_engine(path, engine, threads, device))
+    check_threads(threads)
+    if chosen == NATIVE:
+        _check_device(path, chosen, device)
+        from mobillama.engine.native_engine import NativeBatchEngine
+
+        return NativeBatchEngine.load(path, slots, threads, context_length)
+    from mobillama.engine.torch_batch import TorchBatchEngine
+
+    model = _torch_model(path, threads, device)
+    most = model.model.shape.max_position_embeddings
+    return TorchBatchEngine(model, slots, chosen_context(path, context_length, most))
+
+
+def _check_device(path: Path, engine: str, device: str) -> None:
+    if engine != TORCH and device == "cuda":
+        raise UsageError(f"{path}: {engine} computes on the CPU here; leave --device out")
+
+
+def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:
+    import torch
 
     if threads:
         torch.set_num_threads(threads)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if path.is_dir():
-        return TorchEngine.from_directory(path, chosen)
+        from mobillama.directory import load_model
+
+        return load_model(path, device=chosen)
     from mobillama.engine.torch_gguf import load_gguf
 
-    return TorchEngine(load_gguf(path)[0].to(chosen))
-
-
-def open_batch_engine(
-    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto"
-) -> BatchEngine:
-    """Return an engine that decodes several sequences together.
-
-    Args:
-        path: see :func:`load_engine`, as ``engine``, ``threads`` and ``device``.
-        slots: number of sequences.
-
-    Raises:
-        UsageError: see :func:`load_engine`; or the engine decodes one sequence at a time.
-        CorruptDataError: the model is damaged.
-    """
-    check_threads(threads)
-    chosen = engine_for(path, engine, device)
-    if chosen != NATIVE:
-        raise UsageError(f"{path}: {chosen} decodes one sequence at a time; export it as a GGUF file")
-    if device == "cuda":
-        raise UsageError(f"{path}: {chosen} computes on the CPU here; leave --device out")
-    from mobillama.engine.native_engine import NativeBatchEngine
-
-    return NativeBatchEngine.load(path, slots, threads)
+    return load_gguf(path)[0].to(chosen)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer:

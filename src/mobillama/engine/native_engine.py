@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mobillama.engine.blocks import F16, Q8_0, TYPES, BlockType, decode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
-from mobillama.engine.interface import Memory, check_work
+from mobillama.engine.interface import Memory, check_work, chosen_context
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.native.build import CannotBuild
 from mobillama.native.library import Layer, Run, Shape, kernels, library
@@ -43,6 +43,7 @@ class NativeBatchEngine:
         exact: multiply in floats instead of 8-bit activations; slow, for comparison.
         cache: type of keys and values, f16, or q8_0 where heads are a multiple of 32 wide; empty: q8_0 where that can be and
             weights are quantized too.
+        context_length: tokens that a slot holds; 0: what the model was made for.
 
     Raises:
         CorruptDataError: weights are infinite or no numbers.
@@ -59,9 +60,11 @@ class NativeBatchEngine:
         with_kernels: str = "",
         exact: bool = False,
         cache: str = "",
+        context_length: int = 0,
     ) -> None:
         shape = model.shape
-        self.slots, self.context_length, self.vocab_size = slots, shape.max_position_embeddings, shape.vocab_size
+        self.slots, self.vocab_size = slots, shape.vocab_size
+        self.context_length = context_length or shape.max_position_embeddings
         self._lengths = [0] * slots
         self._library = library()
         self._chunk = self._library.mobillama_chunk()
@@ -74,7 +77,7 @@ class NativeBatchEngine:
                 shape.num_attention_heads,
                 shape.key_value_heads,
                 shape.attention_head_dim,
-                shape.max_position_embeddings,
+                self.context_length,
                 slots,
                 shape.rms_norm_eps,
                 shape.rope_theta,
@@ -96,15 +99,20 @@ class NativeBatchEngine:
         self.memory = Memory(weights, weights - table, self._library.mobillama_cache_bytes(self._model))
 
     @classmethod
-    def load(cls, path: Path, slots: int, threads: int = 0) -> NativeBatchEngine:
+    def load(cls, path: Path, slots: int, threads: int = 0, context_length: int = 0) -> NativeBatchEngine:
         """Open a GGUF file, shared or not.
 
         Raises:
-            UsageError: it is no GGUF of a Llama, holds types that are not read here, or the library is missing and cannot
-                be compiled.
+            UsageError: it is no GGUF of a Llama, holds types that are not read here, ``context_length`` is more than it was
+                made for, or the library is missing and cannot be compiled.
             CorruptDataError: it is damaged.
         """
-        return _opened(path, lambda model: cls(model, slots, threads))
+
+        def engine_of(model: GGUFModel) -> NativeBatchEngine:
+            context = chosen_context(path, context_length, model.shape.max_position_embeddings)
+            return cls(model, slots, threads, context_length=context)
+
+        return _opened(path, engine_of)
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):

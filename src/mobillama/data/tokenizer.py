@@ -7,6 +7,7 @@ and so differs on runs of spaces). What decodes a model reads only ``tokenizer.j
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -50,6 +51,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    chat_template: str | None
+    """Jinja that turns a conversation into text (:mod:`mobillama.data.template`); it is saved with the tokenizer."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens; text that spells one is ordinary text."""
@@ -62,6 +65,11 @@ class Tokenizer(Protocol):
     @property
     def token_bytes(self) -> list[bytes]:
         """The bytes each id stands for; special tokens stand for none."""
+        ...
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The spelling and id of tokens that stand beside the vocabulary proper: special tokens and a user's own."""
         ...
 
     @property
@@ -102,6 +110,7 @@ class SentencePieceTokenizer:
         self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         if self.eos_id < 0:
             raise UsageError(f"{path}: has no end-of-sequence piece, which must close every document")
+        self.chat_template = _template_beside(path)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return sentencepiece's ids of each text."""
@@ -130,12 +139,23 @@ class SentencePieceTokenizer:
         ]
 
     @functools.cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The control pieces."""
+        processor = self.processor
+        control = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
+        return {processor.id_to_piece(i): i for i in control}
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """What defines the tokenizer.
 
         Raises:
             UsageError: the model is of another type (unigram, or one that normalises text).
         """
+        return dataclasses.replace(self._vocabulary, chat_template=self.chat_template)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
         processor, ids = self.processor, range(self.vocab_size)
         if not _is_plain_bpe(processor):
             raise UsageError(f"{self.path}: not a LLaMA-type BPE model (it normalises text or is no BPE)")
@@ -151,13 +171,12 @@ class SentencePieceTokenizer:
         ]
         pieces, scores = [processor.id_to_piece(i) for i in ids], [processor.get_score(i) for i in ids]
         special = self.bos_id, self.eos_id, processor.unk_id()
-        config = _config_beside(self.path)
-        return Vocabulary("llama", pieces, kinds, scores, [], "", *special, chat_template=config.get("chat_template"))
+        return Vocabulary("llama", pieces, kinds, scores, [], "", *special)
 
     @functools.cached_property  # a run's checkpoints all carry it
     def description(self) -> dict[str, Any]:
         """The ``tokenizer.json`` that gives the same ids for every text."""
-        return describe(self.vocabulary)
+        return describe(self._vocabulary)
 
 
 class WordCache:
@@ -236,7 +255,7 @@ class JsonTokenizer:
             description = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
             raise CorruptDataError(f"{path}: not a tokenizer.json ({error})") from None
-        self._open(path, description, _config_beside(path))
+        self._open(path, description, _config_beside(path), _template_beside(path))
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary, path: Path) -> JsonTokenizer:
@@ -253,14 +272,14 @@ class JsonTokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise CorruptDataError(f"{path}: its vocabulary contradicts itself ({error}); fetch it again") from None
         made = cls.__new__(cls)
-        made._open(path, description, describe_config(vocabulary))
-        made.vocabulary = vocabulary
+        made._open(path, description, describe_config(vocabulary), vocabulary.chat_template)
+        made._vocabulary = vocabulary
         return made
 
-    def _open(self, path: Path, description: dict[str, Any], config: dict[str, Any]) -> None:
+    def _open(self, path: Path, description: dict[str, Any], config: dict[str, Any], template: str | None) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.path, self._description, self._config = path, description, config
+        self.path, self._description, self._config, self.chat_template = path, description, config, template
         try:
             self.backend = Backend.from_str(json.dumps(description))
         except Exception as error:  # tokenizers raises bare Exception
@@ -291,13 +310,22 @@ class JsonTokenizer:
         convert = _byte_level_bytes if '"ByteLevel"' in json.dumps(self._description.get("decoder")) else _piece_bytes
         return [b"" if i in self._specials else convert(piece) for i, piece in enumerate(pieces)]
 
-    @functools.cached_property
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Special tokens, and those that are found in any text."""
+        return {token["content"]: token["id"] for token in self._description.get("added_tokens", [])}
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """What defines the tokenizer.
 
         Raises:
             UsageError: it is of a type that is not known.
         """
+        return dataclasses.replace(self._vocabulary, chat_template=self.chat_template)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
         try:
             return vocabulary_of(self._description, self._config, self.bos_id, self.eos_id)
         except UsageError as error:
@@ -312,8 +340,6 @@ class JsonTokenizer:
                 write_json(directory / name, content)
             elif given.is_file():
                 shutil.copyfile(given, directory / name)
-        if self.path.suffix == ".json" and (given := self.path.with_name(TEMPLATE_FILE)).is_file():
-            shutil.copyfile(given, directory / TEMPLATE_FILE)
 
     def _find_special(self, name: str) -> int | None:
         token = self._config.get(name)
@@ -324,14 +350,30 @@ class JsonTokenizer:
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
-    """Return what ``tokenizer_config.json`` beside a tokenizer states, ``chat_template`` from its own file where it has one."""
-    config = read_json(path.with_name(CONFIG_FILE)) if path.with_name(CONFIG_FILE).is_file() else {}
-    template = path.with_name(TEMPLATE_FILE)
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    elif isinstance(named := config.get("chat_template"), list):
-        config["chat_template"] = next((its["template"] for its in named if its.get("name") == "default"), None)
-    return config
+    """Return what ``tokenizer_config.json`` beside a tokenizer states."""
+    config = path.with_name(CONFIG_FILE)
+    return dict(read_json(config)) if config.is_file() else {}
+
+
+def _template_beside(path: Path) -> str | None:
+    """Return the chat template beside a tokenizer: a file of its own, or a key of ``tokenizer_config.json``.
+
+    Raises:
+        CorruptDataError: it is no text.
+    """
+    file = path.with_name(TEMPLATE_FILE)
+    if file.is_file():
+        try:
+            return file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptDataError(f"{file}: not UTF-8 text ({error}); fetch it again") from None
+    template = _config_beside(path).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {its.get("name"): its.get("template") for its in template if isinstance(its, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CorruptDataError(f"{path.with_name(CONFIG_FILE)}: chat_template is no text; fetch it again")
+    return template
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -436,7 +478,10 @@ class _Lines:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` (and ``tokenizer.model`` where there is one)."""
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` (and ``tokenizer.model`` where there is one).
+
+    A chat template that these do not state is written as ``chat_template.jinja``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.path, directory / MODEL_FILE)
@@ -445,6 +490,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         tokenizer.save(directory)
+    if tokenizer.chat_template is not None and tokenizer.chat_template != _template_beside(directory / JSON_FILE):
+        (directory / TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
 
 
 def _is_plain_bpe(processor: Any) -> bool:

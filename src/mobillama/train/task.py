@@ -48,7 +48,9 @@ class Data(Protocol):
     path: Path
     manifest: dict[str, Any]
     digest: str
+    """Of the manifest."""
     root: bytes
+    """Merkle root of the training sequences."""
     sequence_length: int
     source_names: list[str]
 
@@ -81,14 +83,25 @@ class Data(Protocol):
 class Task(Protocol):
     """A kind of training. The first process checks it and prepares it, then every process opens it."""
 
-    recipe: Recipe
-    """Complete once the task is open."""
-    shape: ModelConfig
-    data: Data
-    facts: dict[str, str]
-    """What the run's records name beside its recipe and data."""
-    weights_directory: str
-    """Where in a checkpoint the weights stand that a resume reads."""
+    @property
+    def recipe(self) -> Recipe:
+        """The run; complete once the task is open."""
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def data(self) -> Data:
+        """What is learned from."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the ledger's first line names beside recipe and data."""
+
+    @property
+    def weights_directory(self) -> str:
+        """Where in a checkpoint the weights stand that a resume reads."""
 
     def check(self, world: World) -> None:
         """Refuse what cannot be, before anything is written."""
@@ -112,7 +125,6 @@ class Task(Protocol):
 class Pretraining:
     """A model of a recipe's shape, drawn anew, on a prepared data set; it is open if ``data`` are given."""
 
-    recipe: Recipe
     data: Data
     weights_directory = "model"
 

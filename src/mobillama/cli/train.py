@@ -34,7 +34,6 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--gpu", default="H100", help="for --dry-run: kind of GPU (default: %(default)s)")
     verb.add_argument("--gpus-per-node", type=int, default=8, help="for --dry-run: GPUs of a machine (default: 8)")
 
-
     verb = add_verb(
         verbs, "sft", _sft, "fine-tune a model on conversations; the same command resumes a run", _sft_recipe
     )

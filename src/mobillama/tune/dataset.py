@@ -26,7 +26,7 @@ from mobillama.errors import UsageError
 from mobillama.recipe import SftRecipe
 from mobillama.record.files import new_directory
 from mobillama.record.manifest import read_manifest, verify_manifest, write_manifest
-from mobillama.tune.conversations import RowFault, read_conversations
+from mobillama.tune.conversations import Conversation, RowFault, read_conversations
 from mobillama.tune.pack import Piece, encode, pack, rows_of
 
 FORMAT = "mobillama-conversations-1"
@@ -91,9 +91,14 @@ def _add(gathered: Gathered, row: Any, holdout: float, template: ChatTemplate, l
     gathered.counts["nothing_to_learn"] += not pieces
     if pieces:
         gathered.counts["lost_answers"] += row.has_lost_answer
-        is_held_out = int.from_bytes(row.digest, "big") < holdout * (1 << 64)
-        gathered.counts["held_out"] += is_held_out
-        (gathered.held_out if is_held_out else gathered.train).extend(pieces)
+        held_out = is_held_out(row, holdout)
+        gathered.counts["held_out"] += held_out
+        (gathered.held_out if held_out else gathered.train).extend(pieces)
+
+
+def is_held_out(conversation: Conversation, share: float) -> bool:
+    """Tell whether a conversation is held out, which what is said in it decides: others, or their order, change nothing."""
+    return int.from_bytes(conversation.digest, "big") < share * (1 << 64)
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.tune.conversations import Conversation, conversation_of
 from mobillama.tune.pack import Piece, encode, pack, rows_of
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,19 @@ def test_every_answer_is_learned_with_its_end_mark_unless_its_weight_is_0(templa
     assert said(piece, tokenizer) == [*head, ("+", "No</s>"), ("-", " \n")]
     (piece,) = encode(conversation("Hi", "Yes", "So", "No", weights={1: 0}), template, 64, Counter())
     assert [text for sign, text in said(piece, tokenizer) if sign == "+"] == ["No</s>"]
+
+
+def test_learning_starts_where_the_prompt_ends_though_a_token_holds_a_space_of_the_template(tokenizer_path):
+    """Vicuna's form puts a space before the answer, which the tokenizer joins to the answer's first word."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    vicuna = ChatTemplate((RECIPES / "chat" / "vicuna.jinja").read_text(encoding="utf-8"), tokenizer, "vicuna.jinja")
+    for answer in ("the old man", "No"):
+        spoken = conversation("Hi", "Ho", "So?", answer, system="Be brief.")
+        (piece,) = encode(spoken, vicuna, 200, Counter())
+        prompt = vicuna.encode(spoken.messages[:-1], add_generation_prompt=True).ids
+        assert piece.ids[: len(prompt)].tolist() == prompt
+        assert piece.is_learned[len(prompt) :].all() and not piece.is_learned[len(prompt) - 1]
+        assert [text for sign, text in said(piece, tokenizer) if sign == "+"] == [" Ho</s>", f" {answer}</s>"]
 
 
 def test_text_that_spells_an_end_mark_is_no_end_mark(template, tokenizer_path):

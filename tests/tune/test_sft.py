@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +39,11 @@ from mobillama.train.checkpoint import list_checkpoints
 from mobillama.train.loop import Silent
 from mobillama.train.step import Stepper
 from mobillama.train.world import World
+from mobillama.tune.conversations import Conversation, read_conversations
 from mobillama.tune.dataset import ChatData
 from mobillama.tune.sft import Tuning, sft
 
+ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, 1, torch.device("cpu"))
 LORA = ("--lora.rank", "4", "--lora.alpha", "8")
 
@@ -320,3 +325,27 @@ def test_two_processes_compute_what_one_does(sft_file, tmp_path):
             for ours, theirs in zip(*steps, strict=True):
                 assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
                 assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
+
+
+def test_what_a_step_learned_from_is_shown_with_what_is_learned_in_brackets(sft_file, tmp_path):
+    sft(recipe_of(sft_file, "--train.steps", "1"), Silent())
+    shown = run_cli("data", "show", tmp_path / "run", "--step", "1").stdout
+    assert "── sequence" in shown and "⟧" in shown
+    assert re.search(r"Which colour has .*\?</s>.*\n +<\|assistant\|>\n +⟦It is \w+\.</s>⟧", shown)
+    done = run_cli("data", "show", tmp_path / "run", "--step", "2")
+    assert done.returncode == 2 and "not within the 1 steps" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["local", "paper"])
+def test_the_recipes_that_ship_hold_what_they_say(name, monkeypatch, tmp_path):
+    recipe = load_recipe(SftRecipe, ROOT / "recipes" / "chat" / f"{name}.yaml")
+    if name == "local":
+        (source,) = recipe.sources.values()
+        rows = [row for _, row in read_conversations(replace(source, path=str(ROOT / source.path)))]
+        assert len(rows) > 200 and all(isinstance(row, Conversation) and all(row.is_learned[1::2]) for row in rows)
+        spec = importlib.util.spec_from_file_location("make_conversations", ROOT / "tools" / "make_conversations.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(script, "OUT", tmp_path / "again.jsonl")
+        script.main()
+        assert script.OUT.read_bytes() == (ROOT / source.path).read_bytes()

@@ -59,7 +59,8 @@ class Encoded:
     ids: list[int]
     spans: list[tuple[int, int]]
     """For each message where it stands in ``ids``, as a range: its text, and the end mark where one follows at once. For an
-    assistant's message it is exactly what the model must learn to say."""
+    assistant's message it is exactly what the model must learn to say: with white space before it where the prompt for an
+    answer ends earlier (Vicuna's ends with ``ASSISTANT:``, and a space follows)."""
 
 
 class _Piece(NamedTuple):
@@ -169,11 +170,10 @@ class ChatTemplate:
         roles = tuple(message["role"] for message in messages)
         skeleton = self._skeleton(roles, add_generation_prompt)
         return [
-            _Piece(part, None) if isinstance(part, str) else part.filled(messages[part.message]["content"])
-            for part in skeleton
+            part if isinstance(part, _Piece) else part.filled(messages[part.message]["content"]) for part in skeleton
         ]
 
-    def _render_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str | _Place]:
+    def _render_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[_Piece | _Place]:
         """Return the template's own text, cut where messages stand."""
         marked = [{"role": role, "content": f"\x1f\ue000{number}\ue001\x1f"} for number, role in enumerate(roles)]
         variables = {**self._variables, "messages": marked, "add_generation_prompt": add_generation_prompt}
@@ -182,14 +182,29 @@ class ChatTemplate:
         except _TemplateFault as error:
             raise UsageError(f"{self.place}: {error}") from None
         literal, *rest = _MARK.split(text)
-        parts: list[str | _Place] = [literal]
-        for left, number, right, literal in zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
-            parts += [_Place(int(number), left == "", right == ""), literal]
+        parts: list[_Piece | _Place] = []
+        for left, number, right, following in zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
+            message = int(number)
+            lead = self._lead(roles[:message], literal) if roles[message] == "assistant" else ""
+            parts += [_Piece(literal.removesuffix(lead), None), _Piece(lead, message)]
+            parts.append(_Place(message, left == "", right == ""))
+            literal = following
+        parts.append(_Piece(literal, None))
         found = {part.message for part in parts if isinstance(part, _Place)}
         if missing := sorted(set(range(len(roles))) - found):
             role = roles[missing[0]]
             raise UsageError(f"{self.place}: has no place for messages[{missing[0]}], of the role '{role}'")
         return parts
+
+    def _lead(self, roles: tuple[str, ...], literal: str) -> str:
+        """Return the white space that the model says before an answer: what of the text before it is not in the prompt."""
+        try:
+            prompt = self._skeleton(roles, True)[-1] if roles else _Piece(literal, None)
+        except UsageError:  # it refuses a conversation that ends there
+            return ""
+        assert isinstance(prompt, _Piece)
+        rest = literal.removeprefix(prompt.text)
+        return rest if rest != literal and rest.isspace() else ""
 
     def _tokens(self, pieces: Iterable[_Piece]) -> Iterator[_Token]:
         """Yield the tokens of text: the template's special tokens, and between them stretches that are encoded whole."""

@@ -30,6 +30,8 @@ from mobillama.tune.conversations import Conversation, RowFault, read_conversati
 from mobillama.tune.pack import Piece, encode, pack, rows_of
 
 FORMAT = "mobillama-conversations-1"
+DATA_DIRECTORY = "data"
+"""Of a run directory, where its conversations stand."""
 TRAIN_FILE, LEARNED_FILE = "train/sequences.npy", "train/learned.npy"
 COUNTS = ("rows", "faulty", "nothing_to_learn", "lost_answers", "split", "too_long", "held_out")
 """What is counted of each source: its rows; those skipped as no conversation, or since they hold no answer to learn;

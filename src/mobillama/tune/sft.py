@@ -26,9 +26,8 @@ from mobillama.train.task import check_shares
 from mobillama.train.world import World
 from mobillama.tune.adapters import ADAPTER_DIRECTORY, adapter_tensors, add_adapters, merged, save_adapters
 from mobillama.tune.conversations import describe_source
-from mobillama.tune.dataset import COUNTS, FORMAT, ChatData, Gathered, Show, _quiet, gather, write
+from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, Show, _quiet, gather, write
 
-DATA_DIRECTORY = "data"
 _EXAMPLE = [
     {"role": "user", "content": "What is 2 + 2?"},
     {"role": "assistant", "content": "4"},

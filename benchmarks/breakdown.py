@@ -25,6 +25,7 @@ from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 from mobillama.train.arithmetic import Float8
 from mobillama.train.step import Stepper
+from mobillama.train.task import Pretraining
 from mobillama.train.world import World
 from train import RandomTokens
 
@@ -127,7 +128,7 @@ def main() -> None:
     data: Any = RandomTokens(config.vocab_size, config.max_position_embeddings, 64)
     train = our_train_config(args, args.float8, not args.compiled)
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
-    stepper = Stepper(recipe, data, World(0, 1, 1, torch.device("cuda")))
+    stepper = Stepper(Pretraining(recipe, data), World(0, 1, 1, torch.device("cuda")))
     kinds, idle = kernels_of(stepper, args.warm_up, args.steps)
     del stepper
     bare = bare_products(config, args.micro_batch * config.max_position_embeddings, args.float8)

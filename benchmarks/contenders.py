@@ -20,6 +20,7 @@ import torch
 from mobillama.recipe import ModelConfig, OptimizerConfig, PretrainRecipe, TrainConfig
 from mobillama.train.background import Background
 from mobillama.train.step import Stepper
+from mobillama.train.task import Pretraining
 from mobillama.train.world import World
 
 Step = Callable[[int], torch.Tensor | float]
@@ -51,7 +52,7 @@ def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool,
     """Our step, as a run takes it."""
     train = our_train_config(args, float8, fused)
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
-    stepper = Stepper(recipe, data, World(0, 1, 1, torch.device(args.device)))
+    stepper = Stepper(Pretraining(recipe, data), World(0, 1, 1, torch.device(args.device)))
 
     def step(number: int) -> float:
         computed = stepper.gradient(number)

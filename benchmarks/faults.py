@@ -25,6 +25,7 @@ import torch
 from mobillama.console import note, progress
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.tokenizer import load_tokenizer, train_tokenizer
+from mobillama.directory import save_model
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, OptimizerConfig, PrepareRecipe, SourceConfig
 from mobillama.record.environment import environment
@@ -133,7 +134,9 @@ def save_once(directory: Path, tokenizer: Path, step: int) -> None:
     model(torch.arange(8)[None]).square().mean().backward()
     for optimizer in optimizers:
         optimizer.step()
-    saver = Saver(directory, World(0, 1, 1, torch.device("cpu")), SHAPE, load_tokenizer(tokenizer), 2)
+    made = load_tokenizer(tokenizer)
+    alone = World(0, 1, 1, torch.device("cpu"))
+    saver = Saver(directory, alone, lambda work, weights: save_model(work / "model", SHAPE, weights, made), 2)
     saver.start(step, model, optimizers, {})
     saver.wait()
 

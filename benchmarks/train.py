@@ -64,6 +64,10 @@ class RandomTokens:
         rows = np.arange(step * batch_size, (step + 1) * batch_size)[part] % len(self._ids)
         return Batch(self._ids[rows], rows, np.zeros(len(rows), np.int64))
 
+    def learned_tokens(self, seed: int, step: int, batch_size: int) -> int:
+        """Return how many tokens a step learns from."""
+        return batch_size * (self.sequence_length - 1)
+
 
 class Clock(Silent):
     """Notes when each step of a run was recorded."""

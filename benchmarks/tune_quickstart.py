@@ -92,7 +92,7 @@ def run_variant(overrides: dict[str, object], seed: int, device: str, folder: Pa
     with progress() as show:
         quickstart.make_data(folder, folder / "data", recipe, show)
         started = time.perf_counter()
-        checkpoint = pretrain(recipe, TrainingView(show))
+        checkpoint = pretrain(recipe, TrainingView(show, "pretrain"))
         seconds = time.perf_counter() - started
     held_out = evaluate_heldout(checkpoint / "model", Dataset(folder / "data"), device)
     return {

@@ -35,6 +35,7 @@ SOURCES = ("books", "encyclopedia", "code")
 VOCAB = 512
 CONTEXT = 64
 NAMES = ["Ann", "Bob", "Cleo", "Dan", "Eve"]
+COLOURS = {"the sea": "blue", "grass": "green", "coal": "black", "snow": "white", "a lemon": "yellow", "a rose": "red"}
 THINGS = ["a ship", "the old house", "some bread", "two horses", "a long letter", "the king"]
 
 
@@ -185,3 +186,43 @@ def chat_model(tokenizer_path, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chat") / "tiny"
     save_model(directory, config, model.state_dict(), tokenizer)
     return directory
+
+
+def openai_row(thing: str, colour: str) -> dict:
+    question, answer = f"Which colour has {thing}?", f"It is {colour}."
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def sharegpt_row(thing: str, colour: str) -> dict:
+    turns = [("human", f"Say {thing}."), ("gpt", thing), ("human", "Its colour?"), ("gpt", f"{colour}!")]
+    return {"id": thing, "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+@pytest.fixture(scope="session")
+def chat_files(tmp_path_factory) -> Path:
+    """Conversations in two forms: openai.jsonl and sharegpt.jsonl."""
+    folder = tmp_path_factory.mktemp("chat")
+    things = [(f"{thing} {n}", colour) for n in range(12) for thing, colour in COLOURS.items()]
+    for name, row in (("openai", openai_row), ("sharegpt", sharegpt_row)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(*thing)) + "\n" for thing in things))
+    return folder
+
+
+@pytest.fixture
+def sft_file(chat_files, small_model, tmp_path) -> Path:
+    """A tuning recipe of 8 short steps, in a file."""
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        f"""
+init_from: {small_model}
+sources: {{openai: {{path: {chat_files / "openai.jsonl"}}}, sharegpt: {{path: {chat_files / "sharegpt.jsonl"}}}}}
+run: {tmp_path / "run"}
+holdout: 0.2
+seed: 7
+optimizer: {{learning_rate: 3e-3}}
+train: {{steps: 8, batch_size: 8, micro_batch_size: 4, checkpoint_every: 3, keep_checkpoints: 0, validate_every: 4,
+  precision: float32, device: cpu}}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -15,7 +15,7 @@ FLOORS = [
     {"model"},
     {"data", "directory", "hf", "engine", "importing", "native"},
     {"train", "deploy"},
-    {"evaluate"},
+    {"evaluate", "tune"},
     {"compress", "report"},
     {"serve", "workflows"},
     {"cli", "__main__"},

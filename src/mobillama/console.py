@@ -66,30 +66,36 @@ def progress() -> Iterator[Callable[..., None]]:
 
 
 class TrainingView:
-    """Shows a pre-training run: a bar with loss, rate and ETA, and a line at each validation."""
+    """Shows a training run: a bar with loss, rate and ETA, and a line at each validation.
 
-    def __init__(self, show: Callable[..., None]) -> None:
-        self._show = show
+    Args:
+        show: moves the bars.
+        verb: what the run's bar is called.
+    """
+
+    def __init__(self, show: Callable[..., None], verb: str) -> None:
+        self._show, self._verb = show, verb
         self._steps = 0
         self._speed = 0.0
 
     def on_start(self, first_step: int, steps: int) -> None:
         """Draw the bar."""
         self._steps = steps
-        self._show("pretrain", first_step, steps)
+        self._show(self._verb, first_step, steps)
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Move the bar, or print a validation."""
         if record["kind"] == "validation":
             parts = " · ".join(f"{name} {value:.3f}" for name, value in record["bits_per_byte_by_source"].items())
-            note(f"step {record['step']:,}: held out {record['bits_per_byte']:.4f} bits per byte ({parts})")
+            held_out = f"loss {record['loss']:.4f}, {record['bits_per_byte']:.4f} bits per byte"
+            note(f"step {record['step']:,}: held out {held_out} ({parts})")
             return
         if record["kind"] != "step" or record.get("loss") is None:
             return  # a note says what happened
         speed = record["tokens_per_second"]
         self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
         facts = f"loss {record['loss']:.3f} · lr {record['learning_rate']:.1e} · {self._speed:,.0f} tokens/s"
-        self._show("pretrain", record["step"], self._steps, facts)
+        self._show(self._verb, record["step"], self._steps, facts)
 
     def on_note(self, text: str) -> None:
         """Print a note."""

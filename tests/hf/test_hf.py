@@ -139,3 +139,16 @@ print(json.dumps([ids.tolist(), model(ids).logits.double().sum().item(), model.c
     with torch.no_grad():
         assert total == pytest.approx(float(model(torch.tensor(ids)).double().sum()), abs=1e-3)
     assert eos == 2
+
+
+@pytest.mark.parametrize("share", ["ffn", "block"])
+def test_activation_checkpointing_changes_no_gradient(share):
+    model, ids = wrapped(share=share)[0].train(), torch.randint(0, 512, (2, 20))
+    gradients = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        model(ids, labels=ids, use_cache=True).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    assert model.is_activation_checkpointing
+    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())

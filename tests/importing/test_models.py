@@ -119,8 +119,7 @@ def test_an_official_checkpoint_is_stored_once_with_its_real_heads(files, offici
     assert "states 2 key/value heads; the weights have 4" in notes and "3 copies of the feed-forward network" in notes
     assert facts == json.loads((tmp_path / "m" / "import.json").read_text())
     assert {name for name in facts["files"] if name.endswith(".bin")} == {f.name for f in source.glob("*.bin")}
-    tokenizer = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    assert tokenizer["chat_template"] == "{{ messages }}"
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_whole_shared_block_is_found_and_groups_are(official, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from mobillama import directory
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.directory import load_model, save_tensors
 from mobillama.errors import CorruptDataError, UsageError
@@ -16,7 +17,8 @@ from mobillama.train import saver
 from mobillama.train.checkpoint import (
     keep_newest,
     list_checkpoints,
-    load_checkpoint,
+    load_optimizers,
+    load_tensors,
     newest_whole_checkpoint,
     remove_leftovers,
 )
@@ -50,11 +52,17 @@ def save(trained, tokenizer_path, tmp_path):
     return lambda step: save_now(tmp_path, step, *trained, tokenizer_path)
 
 
-def save_now(directory, step, model, optimizers, tokenizer_path):
+def save_now(out, step, model, optimizers, tokenizer_path):
     alone = World(0, 1, 1, torch.device("cpu"))
-    files = Saver(directory, alone, CONFIG, load_tokenizer(tokenizer_path), 0)
+    tokenizer = load_tokenizer(tokenizer_path)
+    files = Saver(out, alone, lambda work, weights: directory.save_model(work / "model", CONFIG, weights, tokenizer))
     files.start(step, model, optimizers, {"a": 1})
     return files.wait().path
+
+
+def load_checkpoint(path, model, optimizers) -> None:
+    load_tensors(path / "model", model.state_dict())
+    load_optimizers(path, model, optimizers)
 
 
 def test_checkpoint_holds_model_optimizer_state_and_manifest_and_no_pickle(save):
@@ -109,15 +117,16 @@ def test_a_save_cut_short_at_any_point_does_not_count(save, tmp_path, monkeypatc
     save(1)
     calls = ["save_distributed", "save_model", "write_json", "fsync_tree", "fsync_directory", "write_manifest"]
     for name in calls:
-        original = getattr(saver, name)
+        module = directory if name == "save_model" else saver
+        original = getattr(module, name)
 
         def full_disk(*args, **options):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(saver, name, full_disk)
+        monkeypatch.setattr(module, name, full_disk)
         with pytest.raises(UsageError, match=r"step-000002: cannot be written \(No space left on device\)"):
             save(2)
-        monkeypatch.setattr(saver, name, original)
+        monkeypatch.setattr(module, name, original)
         assert newest_whole_checkpoint(tmp_path)[0].name == "step-000001"
         remove_leftovers(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

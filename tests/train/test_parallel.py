@@ -135,7 +135,7 @@ def exact_shared_gradient(recipe: PretrainRecipe) -> dict[str, torch.Tensor]:
     twin = MobiLlama(dataclasses.replace(recipe.model, share="none"))
     weights = once.state_dict()
     twin.load_state_dict({name: weights[re.sub(r"ffns\.\d+", "ffns.0", name)] for name in twin.state_dict()})
-    objective = Objective(twin, 0.0, None, autocast_to(recipe.train.precision, torch.device("cpu")))
+    objective = Objective(twin, 0.0, False, -1, autocast_to(recipe.train.precision, torch.device("cpu")))
     dataset, size, micro = Dataset(Path(recipe.data)), recipe.train.batch_size, recipe.train.micro_batch_size
     sums: dict[str, torch.Tensor] = {}
     for first in range(0, size, micro):

@@ -21,6 +21,7 @@ EXTRA_OF_PACKAGE = {
     "matplotlib": "data",
     "onnx": "onnx",
     "onnxruntime": "onnxruntime",
+    "peft": "tune",
     "pyarrow": "data",
     "ray": "ray",
     "safetensors": "train",

@@ -1,4 +1,4 @@
-"""Verbs that train: quickstart, presets, pretrain."""
+"""Verbs that train: quickstart, presets, pretrain, sft."""
 
 from __future__ import annotations
 
@@ -34,11 +34,23 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--gpu", default="H100", help="for --dry-run: kind of GPU (default: %(default)s)")
     verb.add_argument("--gpus-per-node", type=int, default=8, help="for --dry-run: GPUs of a machine (default: 8)")
 
+    verb = add_verb(
+        verbs, "sft", _sft, "fine-tune a model on conversations; the same command resumes a run", _sft_recipe
+    )
+    verb.add_argument("recipe", type=Path, help="a tuning recipe (YAML)")
+    verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and leave")
+
 
 def _pretrain_recipe() -> type[Any]:
     from mobillama.recipe import PretrainRecipe
 
     return PretrainRecipe
+
+
+def _sft_recipe() -> type[Any]:
+    from mobillama.recipe import SftRecipe
+
+    return SftRecipe
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -72,9 +84,34 @@ def _pretrain(args: argparse.Namespace) -> None:
     from mobillama.console import TrainingView, progress
     from mobillama.train.loop import Silent, pretrain
 
-    if int(os.environ.get("RANK", "0")):  # torchrun's first process speaks for all
+    if _is_silent():
         pretrain(recipe, Silent())
         return
     with progress() as show:
-        path = pretrain(recipe, TrainingView(show))
+        path = pretrain(recipe, TrainingView(show, "pretrain"))
     print(path / "model")
+
+
+def _sft(args: argparse.Namespace) -> None:
+    from mobillama.config import load_recipe, to_yaml
+    from mobillama.recipe import SftRecipe
+
+    recipe = load_recipe(SftRecipe, args.recipe, args.overrides)
+    if args.print_config:
+        print(to_yaml(recipe), end="")
+        return
+    from mobillama.console import TrainingView, progress
+    from mobillama.train.loop import Silent
+    from mobillama.tune.sft import sft
+
+    if _is_silent():
+        sft(recipe, Silent())
+        return
+    with progress() as show:
+        path = sft(recipe, TrainingView(show, "sft"), show)
+    print(path / "model")
+
+
+def _is_silent() -> bool:
+    """Tell whether another of torchrun's processes, the first one, speaks for all."""
+    return bool(int(os.environ.get("RANK", "0")))

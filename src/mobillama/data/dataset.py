@@ -43,6 +43,14 @@ class Batch:
     ids: NDArray[np.int64]
     rows: NDArray[np.int64]
     sources: NDArray[np.int64]
+    marks: NDArray[np.int64] | None = None
+    """For each id twice the number of its document within the sequence, and one more where it is to be learned (n,
+    sequence length). None: all ids are, and an end mark ends a document."""
+
+    def learned_ids(self, sequences: int | None = None) -> NDArray[np.int64]:
+        """Return what is to be learned of the first sequences: all ids behind each one's first, or those with marks."""
+        ids = self.ids[:sequences, 1:]
+        return ids if self.marks is None else ids[self.marks[:sequences, 1:] % 2 == 1]
 
 
 def partition(batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
@@ -148,6 +156,21 @@ class Dataset:
             chosen = chunk_of_row == chunk
             ids[chosen] = self._chunks[chunk].read(rows[chosen] - self._chunk_starts[chunk])
         return ids
+
+    def learned_tokens(self, seed: int, step: int, batch_size: int) -> int:
+        """Return how many tokens a step learns from: all but the first of each sequence."""
+        return batch_size * (self.sequence_length - 1)
+
+    @property
+    def holdout_sizes(self) -> dict[str, int]:
+        """The number of held-out sequences of each source."""
+        return {name: file.rows for name, file in self._holdout.items()}
+
+    def holdout_batch(self, source: str, limit: int, start: int) -> Batch:
+        """Return :meth:`holdout` as validation takes it."""
+        ids = self.holdout(source, limit, start)
+        sources = np.full(len(ids), self.source_names.index(source))
+        return Batch(ids, np.arange(start, start + len(ids)), sources)
 
     def holdout(self, source: str, limit: int = 0, start: int = 0) -> NDArray[np.int64]:
         """Return ``limit`` (0: all) held-out sequences of a source from ``start`` on, each checked against its hash."""

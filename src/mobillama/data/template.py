@@ -20,8 +20,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,6 @@ _MOST_SOURCE = 1 << 18
 _SECONDS = 2.0
 _START_SECONDS = 20.0  # a busy machine is slow to start a process
 _SHAPES = 1024  # conversations of as many shapes are rendered once
-_NONE = -1
 # Characters of Unicode's private use, which no template writes, between white space that "trim" cuts and none writes either.
 _MARK = re.compile("(\x1f?)\ue000(\\d+)\ue001(\x1f?)")
 
@@ -59,7 +58,8 @@ class Encoded:
     ids: list[int]
     spans: list[tuple[int, int]]
     """For each message where it stands in ``ids``, as a range: its text, and the end mark where one follows at once. For an
-    assistant's message it is exactly what the model must learn to say."""
+    assistant's message it is exactly what the model must learn to say: with white space before it where the prompt for an
+    answer ends earlier (Vicuna's ends with ``ASSISTANT:``, and a space follows)."""
 
 
 class _Piece(NamedTuple):
@@ -77,12 +77,6 @@ class _Place(NamedTuple):
     def filled(self, content: str) -> _Piece:
         content = content.lstrip() if self.cuts_left else content
         return _Piece(content.rstrip() if self.cuts_right else content, self.message)
-
-
-class _Token(NamedTuple):
-    id: int
-    message: int | None
-    is_special: bool
 
 
 class ChatTemplate:
@@ -105,6 +99,7 @@ class ChatTemplate:
         self.source, self.place = source, place
         self._tokenizer, self._worker = tokenizer, _Worker(source)
         self._added = tokenizer.added_tokens
+        self._lengths = [len(piece) for piece in tokenizer.token_bytes]
         names = {token: text for text, token in self._added.items()}
         bos = "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, "")
         self._variables = {"bos_token": bos, "eos_token": names.get(tokenizer.eos_id, "")}
@@ -156,24 +151,31 @@ class ChatTemplate:
             UsageError: a message has no text or an unknown role, or the template refuses the conversation, fails, breaks a
                 limit, or has no place for a message.
         """
-        tokens = list(self._tokens(self._pieces(messages, add_generation_prompt)))
-        spans = []
-        for number in range(len(messages)):
-            places = [place for place, token in enumerate(tokens) if token.message == number]
-            start, end = (places[0], places[-1] + 1) if places else (0, 0)
-            spans.append((start, end + (0 < end < len(tokens) and tokens[end].is_special)))
-        return Encoded([token.id for token in tokens], spans)
+        stretches, specials = self._stretches(self._pieces(messages, add_generation_prompt))
+        encoded = self._tokenizer.encode(["".join(piece.text for piece in stretch) for stretch in stretches])
+        ids: list[int] = []
+        spans = [(0, 0)] * len(messages)
+        for stretch, of_stretch, special in zip(stretches, encoded, [*specials, None], strict=True):
+            of_stretch, borders = self._borders(stretch, of_stretch)
+            for piece, (start, end) in zip(stretch, itertools.pairwise(borders), strict=True):
+                if piece.message is not None and start < end:
+                    first = spans[piece.message][0] if spans[piece.message][1] else len(ids) + start
+                    spans[piece.message] = first, len(ids) + end
+            ids += of_stretch
+            if special is not None:
+                spans = [(start, end + (0 < end == len(ids))) for start, end in spans]
+                ids.append(special)
+        return Encoded(ids, spans)
 
     def _pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[_Piece]:
         check_messages(messages)
         roles = tuple(message["role"] for message in messages)
         skeleton = self._skeleton(roles, add_generation_prompt)
         return [
-            _Piece(part, None) if isinstance(part, str) else part.filled(messages[part.message]["content"])
-            for part in skeleton
+            part if isinstance(part, _Piece) else part.filled(messages[part.message]["content"]) for part in skeleton
         ]
 
-    def _render_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str | _Place]:
+    def _render_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[_Piece | _Place]:
         """Return the template's own text, cut where messages stand."""
         marked = [{"role": role, "content": f"\x1f\ue000{number}\ue001\x1f"} for number, role in enumerate(roles)]
         variables = {**self._variables, "messages": marked, "add_generation_prompt": add_generation_prompt}
@@ -182,26 +184,41 @@ class ChatTemplate:
         except _TemplateFault as error:
             raise UsageError(f"{self.place}: {error}") from None
         literal, *rest = _MARK.split(text)
-        parts: list[str | _Place] = [literal]
-        for left, number, right, literal in zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
-            parts += [_Place(int(number), left == "", right == ""), literal]
+        parts: list[_Piece | _Place] = []
+        for left, number, right, following in zip(rest[0::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
+            message = int(number)
+            lead = self._lead(roles[:message], literal) if roles[message] == "assistant" else ""
+            parts += [_Piece(literal.removesuffix(lead), None), _Piece(lead, message)]
+            parts.append(_Place(message, left == "", right == ""))
+            literal = following
+        parts.append(_Piece(literal, None))
         found = {part.message for part in parts if isinstance(part, _Place)}
         if missing := sorted(set(range(len(roles))) - found):
             role = roles[missing[0]]
             raise UsageError(f"{self.place}: has no place for messages[{missing[0]}], of the role '{role}'")
         return parts
 
-    def _tokens(self, pieces: Iterable[_Piece]) -> Iterator[_Token]:
-        """Yield the tokens of text: the template's special tokens, and between them stretches that are encoded whole."""
+    def _lead(self, roles: tuple[str, ...], literal: str) -> str:
+        """Return the white space that the model says before an answer: what of the text before it is not in the prompt."""
+        try:
+            prompt = self._skeleton(roles, True)[-1] if roles else _Piece(literal, None)
+        except UsageError:  # it refuses a conversation that ends there
+            return ""
+        assert isinstance(prompt, _Piece)
+        rest = literal.removeprefix(prompt.text)
+        return rest if rest != literal and rest.isspace() else ""
+
+    def _stretches(self, pieces: Iterable[_Piece]) -> tuple[list[list[_Piece]], list[int | None]]:
+        """Return the stretches of text that are encoded whole, and the special token that stands after each but the last."""
         stretches: list[list[_Piece]] = [[]]
-        specials: list[int] = []  # what stands after each stretch but the last
+        specials: list[int | None] = []
         for text, message in pieces:
             if message is not None:
                 cuts = [found.start() + 1 for found in self._find_forged.finditer(text)]
                 for start, end in itertools.pairwise([0, *cuts, len(text)]):
                     if start:
                         stretches.append([])
-                        specials.append(_NONE)
+                        specials.append(None)
                     stretches[-1].append(_Piece(text[start:end], message))
                 continue
             start = 0
@@ -211,30 +228,20 @@ class ChatTemplate:
                 specials.append(self._added[found[0]])
                 start = found.end()
             stretches[-1].append(_Piece(text[start:], None))
-        encoded = self._tokenizer.encode(["".join(piece.text for piece in stretch) for stretch in stretches])
-        for stretch, ids, special in zip(stretches, encoded, [*specials, _NONE], strict=True):
-            yield from self._owned(stretch, ids)
-            if special != _NONE:
-                yield _Token(special, None, True)
+        return stretches, specials
 
-    def _owned(self, stretch: list[_Piece], ids: list[int]) -> Iterator[_Token]:
-        """Yield a stretch's tokens, each belonging to the piece that its first byte stands in."""
-        table = self._tokenizer.token_bytes
-        total = sum(len(table[i]) for i in ids)
+    def _borders(self, stretch: list[_Piece], ids: list[int]) -> tuple[list[int], list[int]]:
+        """Return a stretch's ids, and the borders of its pieces in them; a token is of the piece of its first byte."""
+        starts = list(itertools.accumulate(map(self._lengths.__getitem__, ids), initial=0))
+        total = starts.pop()
         for spelling in (SPACE, " "):  # sentencepiece takes the one for the other
             ends = list(itertools.accumulate(len(piece.text.replace(SPACE, spelling).encode()) for piece in stretch))
-            start = ends[-1] - total
-            if start in (0, -1):  # a space that the tokenizer puts in front
-                break
-        else:  # bytes that the vocabulary has no token for
-            parts = self._tokenizer.encode([piece.text for piece in stretch])
-            for piece, part in zip(stretch, parts, strict=True):
-                yield from (_Token(token, piece.message, False) for token in part)
-            return
-        for token in ids:
-            place = min(bisect_right(ends, max(0, start)), len(stretch) - 1)
-            yield _Token(token, stretch[place].message, False)
-            start += len(table[token])
+            before = total - ends[-1]
+            if before in (0, 1):  # a space that the tokenizer puts in front
+                return ids, [0, *(bisect_left(starts, end + before) if end else 0 for end in ends[:-1]), len(ids)]
+        # The text has bytes that the vocabulary has no token for.
+        parts = self._tokenizer.encode([piece.text for piece in stretch])
+        return list(itertools.chain(*parts)), list(itertools.accumulate(map(len, parts), initial=0))
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -272,7 +272,8 @@ class JsonTokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise CorruptDataError(f"{path}: its vocabulary contradicts itself ({error}); fetch it again") from None
         made = cls.__new__(cls)
-        made._open(path, description, describe_config(vocabulary), vocabulary.chat_template)
+        config = describe_config(dataclasses.replace(vocabulary, chat_template=None))
+        made._open(path, description, config, vocabulary.chat_template)
         made._vocabulary = vocabulary
         return made
 
@@ -486,7 +487,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.path, directory / MODEL_FILE)
         write_json(directory / JSON_FILE, tokenizer.description)
-        write_json(directory / CONFIG_FILE, describe_config(tokenizer.vocabulary))
+        write_json(directory / CONFIG_FILE, describe_config(tokenizer._vocabulary))
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         tokenizer.save(directory)

@@ -46,7 +46,7 @@ def evaluate_heldout(
             f"{model_directory}: has another tokenizer than {dataset.path}; use the data it was trained on"
         )
     objective = Objective(model)
-    losses = validate(lambda ids: objective(ids)[1], dataset, World(0, 1, 1, chosen), 8, limit, progress)
+    losses = validate(lambda ids, marks: objective(ids, marks)[1], dataset, World(0, 1, 1, chosen), 8, limit, progress)
     if not losses:
         raise UsageError(f"{dataset.path}: nothing is held out; prepare it with holdout above 0")
     return {

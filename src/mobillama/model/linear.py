@@ -49,13 +49,14 @@ class _Product(torch.autograd.Function):
         return products.output(swiglu(x_ni) if gated else x_ni, weight).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x, weight), products = ctx.saved_tensors, ctx.products
         grad_no, x_ni = grad.flatten(0, -2), x.flatten(0, -2)
         grad_ni = products.input_gradient(grad_no, weight)
         if ctx.gated:
             grad_ni, x_ni = swiglu_backward(x_ni, grad_ni)
-        return grad_ni.view_as(x), products.weight_gradient(grad_no, x_ni), None, None
+        is_trained = ctx.needs_input_grad[1]  # under an adapter it is not
+        return grad_ni.view_as(x), products.weight_gradient(grad_no, x_ni) if is_trained else None, None, None
 
 
 class Linear(nn.Linear):
@@ -79,15 +80,22 @@ class Linear(nn.Linear):
         return _multiply(x, self.weight, self.products, gated)
 
 
-def multiply_side_by_side(x: Tensor, *linears: Linear) -> Tensor:
+def multiply_side_by_side(x: Tensor, *linears: nn.Module) -> Tensor:
     """Return the outputs of several matrices on one input, joined (…, sum of out_features).
 
     In training this is one product, whose gradient for ``x`` is one product too. Joining the weights copies them,
-    little beside a training batch but much beside one token, so without gradients the outputs are joined instead.
+    little beside a training batch but much beside one token, so without gradients the outputs are joined instead; and
+    where another library has put adapters around the matrices, which are more than their weights.
     """
-    if not torch.is_grad_enabled():
+    plain = [linear for linear in linears if type(linear) is Linear]
+    if not torch.is_grad_enabled() or len(plain) < len(linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
-    return _multiply(x, torch.cat([linear.weight for linear in linears]), linears[0].products, False)
+    return _multiply(x, torch.cat([linear.weight for linear in plain]), plain[0].products, False)
+
+
+def multiply_gated(x: Tensor, linear: nn.Module) -> Tensor:
+    """Return a matrix's output on :func:`mobillama.model.swiglu.swiglu` of an input (…, 2·in_features)."""
+    return linear(x, gated=True) if type(linear) is Linear else linear(swiglu(x))
 
 
 def add_weight_gradient(total_oi: Tensor | None, grad_no: Tensor, x_ni: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def linear_cross_entropy(
     """Return the summed next-token loss of a head, and each token's loss (b, t; detached), without all logits at once.
 
     The head's products, softmax and gradients are computed for some rows at a time while their logits are at hand; the
-    backward pass only scales what the forward pass left. The head's gradient adds up in float32.
+    backward pass only scales what the forward pass left. The head's gradient adds up in float32; a head that is not
+    trained gets none.
 
     Args:
         hidden_btc: final hidden states.
@@ -78,7 +79,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_n = torch.empty(len(targets_n), dtype=torch.float32, device=hidden_nc.device)
         penalties_n = torch.empty_like(losses_n)
         grad_hidden_nc = torch.empty_like(hidden_nc)
-        grad_weight_vc = torch.zeros_like(weight_vc, dtype=torch.promote_types(weight_vc.dtype, torch.float32))
+        is_trained = ctx.needs_input_grad[1]
+        dtype = torch.promote_types(weight_vc.dtype, torch.float32)
+        grad_weight_vc = torch.zeros_like(weight_vc, dtype=dtype) if is_trained else None
         parts = -(-len(targets_n) * len(weight) // (_GPU_CHUNK if hidden_nc.is_cuda else _CPU_CHUNK))
         rows = -(-len(targets_n) // parts)
         chunk_losses = _fused_chunk_losses() if hidden_nc.is_cuda else _chunk_losses
@@ -90,13 +93,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses_n[part], penalties_n[part], grad, grad_of_target = chunk_losses(logits, targets, counted, z_loss)
             grad.scatter_(1, targets, grad_of_target)
             grad_hidden_nc[part] = grad @ weight
-            grad_weight_vc = add_weight_gradient(grad_weight_vc, grad, hidden_nc[part])
-        ctx.save_for_backward(grad_hidden_nc.view_as(hidden_btc), grad_weight_vc.to(weight_vc.dtype))
+            if is_trained:
+                grad_weight_vc = add_weight_gradient(grad_weight_vc, grad, hidden_nc[part])
+        kept = None if grad_weight_vc is None else grad_weight_vc.to(weight_vc.dtype)
+        ctx.save_for_backward(grad_hidden_nc.view_as(hidden_btc), kept)
         losses_bt = losses_n.view_as(targets_bt)
         ctx.mark_non_differentiable(losses_bt)
         return losses_n.sum() + penalties_n.sum(), losses_bt
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden_btc, grad_weight_vc = ctx.saved_tensors
-        return grad_hidden_btc * grad_total.to(grad_hidden_btc.dtype), grad_weight_vc * grad_total, None, None
+        grad_weight_vc = None if grad_weight_vc is None else grad_weight_vc * grad_total
+        return grad_hidden_btc * grad_total.to(grad_hidden_btc.dtype), grad_weight_vc, None, None

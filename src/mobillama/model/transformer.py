@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mobillama.model.attention import Attention, AttentionCache, attention_mask
-from mobillama.model.linear import Linear, multiply_side_by_side, to_compute_type
+from mobillama.model.linear import Linear, multiply_gated, multiply_side_by_side, to_compute_type
 from mobillama.model.norm import RMSNorm
 from mobillama.model.rotary import rotary_tables
 from mobillama.recipe import ModelConfig
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_btc: Tensor) -> Tensor:
         """Map (b, t, c) to (b, t, c)."""
-        return self.down_proj(multiply_side_by_side(x_btc, self.gate_proj, self.up_proj), gated=True)
+        return multiply_gated(multiply_side_by_side(x_btc, self.gate_proj, self.up_proj), self.down_proj)
 
 
 class Layer(nn.Module):

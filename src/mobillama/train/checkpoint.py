@@ -132,8 +132,8 @@ def count_updates(optimizers: list[torch.optim.Optimizer]) -> int:
     return int(next(counts, 0))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load weights and what the optimizers remember, bit for bit, each process its own part of them.
+def load_optimizers(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load what a model's optimizers remembered at a checkpoint, bit for bit, each process its own part of it.
 
     Raises:
         CorruptDataError: a file is damaged or does not fit the model.
@@ -145,12 +145,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
             if isinstance(optimizer, torch.optim.AdamW):  # it counts in a float32 tensor of each parameter
                 memory["step"] = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = memory
-    _read_into(model.state_dict(), path / "model")
-    _read_into(optimizer_tensors(model, optimizers), path / "optimizer")
+    load_tensors(path / "optimizer", optimizer_tensors(model, optimizers))
 
 
-def _read_into(tensors: dict[str, Tensor], directory: Path) -> None:
-    """Fill ``tensors`` from the safetensors files of a directory, which must hold exactly these."""
+def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill ``tensors`` from the safetensors files of a directory, which must hold exactly these, by their names there.
+
+    Raises:
+        CorruptDataError: a file is damaged or does not fit.
+    """
     reader = HuggingFaceStorageReader(str(directory))
     try:
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mobillama.data.dataset import Batch, Dataset, partition
+from mobillama.data.dataset import Batch, partition
 from mobillama.errors import UsageError
 from mobillama.train.background import Background
+from mobillama.train.task import Data
 from mobillama.train.world import World
 
 _PATIENCE = 8.0  # seconds until a reader counts as hung
@@ -31,7 +32,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Data,
         seed: int,
         batch_size: int,
         micro_batch_size: int,

@@ -1,4 +1,4 @@
-"""The life of a pre-training run, from recipe to last checkpoint, readable from top to bottom."""
+"""The life of a training run, from recipe to last checkpoint, readable from top to bottom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 
 from mobillama.config import flatten, read_mapping, resolved, to_yaml
-from mobillama.data.dataset import Dataset
 from mobillama.errors import DivergedError, Stopped, UsageError
 from mobillama.recipe import RESUMABLE_CHANGES, PretrainRecipe
 from mobillama.record.environment import environment
@@ -20,7 +19,8 @@ from mobillama.record.lock import locked
 from mobillama.train.cadence import checkpoint_due
 from mobillama.train.checkpoint import (
     checkpoint_path,
-    load_checkpoint,
+    load_optimizers,
+    load_tensors,
     newest_whole_checkpoint,
     read_state,
     remove_leftovers,
@@ -33,6 +33,7 @@ from mobillama.train.saver import Saver
 from mobillama.train.signals import stop_flag
 from mobillama.train.sinks import open_sink
 from mobillama.train.step import Stepper
+from mobillama.train.task import Pretraining, Recipe, Task
 from mobillama.train.validation import combined, validate
 from mobillama.train.weights import Movement, fingerprint
 from mobillama.train.world import World, join_world
@@ -71,12 +72,17 @@ class Silent:
 
 
 def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
-    """Run ``recipe`` to its end, from the newest whole checkpoint of its run directory; return the last checkpoint.
+    """Pre-train as ``recipe`` says; see :func:`train`."""
+    return train(Pretraining(recipe), reporter)
+
+
+def train(task: Task, reporter: Reporter) -> Path:
+    """Run a task to its end, from the newest whole checkpoint of its run directory; return the last checkpoint.
 
     Under torchrun all processes call it; the first one's reporter is told.
 
     Args:
-        recipe: the run.
+        task: what is trained.
         reporter: told of every record.
 
     Raises:
@@ -85,23 +91,24 @@ def pretrain(recipe: PretrainRecipe, reporter: Reporter) -> Path:
         DivergedError: a loss or gradient norm is not finite; the last checkpoint stays as it was.
         Stopped: SIGINT or SIGTERM came; the run saved itself.
     """
-    run = Path(recipe.run)
-    with join_world(recipe.train.device) as world, ExitStack() as held:
+    run = Path(task.recipe.run)
+    with join_world(task.recipe.train.device) as world, ExitStack() as held:
 
         def claim() -> dict[str, Any]:
-            dataset = Dataset(Path(recipe.data))
-            dataset.check_sizes()
-            _check_fit(recipe, dataset, world)
+            task.check(world)
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run, "a trainer"))
+            task.prepare()
+            task.open()
             facts = {**environment(), "device": describe_device(world.device), "processes": world.size}
-            facts["recipe_sha256"] = sha256_json(resolved(recipe))
-            _claim(run, recipe, dataset, facts)
+            facts["recipe_sha256"] = sha256_json(resolved(task.recipe))
+            _claim(run, task, facts)
             return facts
 
         facts = world.share(claim)
-        dataset = Dataset(Path(recipe.data))
-        return _Run(recipe, dataset, run, world, reporter if world.is_first else Silent(), facts).execute()
+        if not world.is_first:
+            task.open()
+        return _Run(task, run, world, reporter if world.is_first else Silent(), facts).execute()
 
 
 class _Run:
@@ -109,21 +116,21 @@ class _Run:
 
     def __init__(
         self,
-        recipe: PretrainRecipe,
-        dataset: Dataset,
+        task: Task,
         run: Path,
         world: World,
         reporter: Reporter,
         facts: dict[str, Any],
     ) -> None:
-        self.recipe, self.dataset, self.world, self.reporter, self.environment = recipe, dataset, world, reporter, facts
+        self.task, self.world, self.reporter, self.environment = task, world, reporter, facts
+        self.recipe, self.dataset = recipe, dataset = task.recipe, task.data
         self.checkpoints = run / "checkpoints"
-        self.stepper = Stepper(recipe, dataset, world, reporter.on_note)
+        self.stepper = Stepper(task, world, reporter.on_note)
         self.watch = Watch(recipe.faults)
         keep, keep_every = recipe.train.keep_checkpoints, recipe.train.keep_every
-        self.saver = Saver(self.checkpoints, world, recipe.model, dataset.tokenizer, keep, keep_every, reporter.on_note)
+        self.saver = Saver(self.checkpoints, world, task.save_weights, keep, keep_every, reporter.on_note)
         self.is_due = checkpoint_due(recipe.train, dataset.sequence_length - 1, dataset.chunk_ends)
-        self.meters = Meters(world, recipe.model, dataset.sequence_length - 1)
+        self.meters = Meters(world, task.shape, dataset.sequence_length - 1)
         sink = open_sink(recipe.train.sink, run, flatten(resolved(recipe))) if world.is_first else None
         self.records = Records(run, world.is_first, sink, reporter.on_note)
 
@@ -141,6 +148,7 @@ class _Run:
             "recipe": sha256_json(defining(recipe)),
             "data": self.dataset.digest,
             "root": self.dataset.root.hex(),
+            **self.task.facts,
         }
         with (
             closing(self.stepper.loader),
@@ -227,7 +235,9 @@ class _Run:
             )
 
     def _load(self, path: Path) -> dict[str, Any]:
-        load_checkpoint(path, self.stepper.model, self.stepper.optimizers)
+        model = self.stepper.model
+        load_tensors(path / self.task.weights_directory, self.task.stored_weights(model))
+        load_optimizers(path, model, self.stepper.optimizers)
         return read_state(path)
 
     def _take_step(self, step: int) -> str:
@@ -345,34 +355,14 @@ class _Run:
             )
 
 
-def defining(recipe: PretrainRecipe) -> dict[str, Any]:
+def defining(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of a recipe that decide what a run computes, by dotted key."""
     return {key: value for key, value in flatten(resolved(recipe)).items() if key not in RESUMABLE_CHANGES}
 
 
-def _check_fit(recipe: PretrainRecipe, dataset: Dataset, world: World) -> None:
-    """Refuse a model that cannot learn this data, a batch that cannot be shared, and a damaged tokenizer."""
-    if recipe.train.batch_size % world.size:
-        raise UsageError(
-            f"train.batch_size: {world.size} processes cannot share {recipe.train.batch_size} sequences equally; "
-            "start a number of processes that divides it"
-        )
-    ids = dataset.tokenizer.vocab_size
-    if recipe.model.vocab_size != ids:
-        raise UsageError(
-            f"model.vocab_size: {recipe.model.vocab_size}, but the tokenizer of {dataset.path} has {ids} ids; "
-            f"set model.vocab_size to {ids}"
-        )
-    context = dataset.sequence_length - 1
-    if recipe.model.max_position_embeddings < context:
-        raise UsageError(
-            f"model.max_position_embeddings: {recipe.model.max_position_embeddings} is shorter than the {context} tokens "
-            f"that {dataset.path} holds in a sequence; set it to {context} or more"
-        )
-
-
-def _claim(run: Path, recipe: PretrainRecipe, dataset: Dataset, facts: dict[str, Any]) -> None:
+def _claim(run: Path, task: Task, facts: dict[str, Any]) -> None:
     """Write what the run is, or check that a started run is the same one; a refused run's files stay as they are."""
+    recipe, dataset = task.recipe, task.data
     stated, data = run / "recipe.yaml", run / "data-manifest.json"
     if stated.is_file() and recorded_steps(run):
         before, now = flatten(read_mapping(stated)), flatten(resolved(recipe))

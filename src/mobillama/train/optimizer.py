@@ -12,7 +12,7 @@ from mobillama.recipe import OptimizerConfig
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that together hold every parameter once: AdamW, and with ``kind=muon`` Muon before it.
+    """Return the optimizers that together hold every parameter to train: AdamW, and with ``kind=muon`` Muon before it.
 
     Matrices decay, norms and the embedding table do not (unless ``decay_all``). Muon (Keller Jordan 2024; scaled to
     AdamW's updates as in arXiv 2502.16982, so that rates and decay carry over) takes the layers' matrices; embedding
@@ -21,7 +21,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         is_matrix = parameter.dim() >= 2 and "embed_tokens" not in name
         if config.kind == "muon" and is_matrix and "lm_head" not in name:
             matrices.append(parameter)
@@ -39,15 +39,16 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         )
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    optimizers.append(
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=betas,
-            eps=config.eps,
-            fused=True,
+    if decayed or free:
+        optimizers.append(
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=config.learning_rate,
+                betas=betas,
+                eps=config.eps,
+                fused=True,
+            )
         )
-    )
     return optimizers
 
 

@@ -27,10 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
-from mobillama.data.tokenizer import Tokenizer
-from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, save_model, save_tensors
+from mobillama.directory import CHECKPOINT_FORMAT, WEIGHTS_FILE, save_tensors
 from mobillama.errors import UsageError
-from mobillama.recipe import ModelConfig
 from mobillama.record.files import fsync_directory, fsync_tree, write_json
 from mobillama.record.manifest import read_manifest, write_manifest
 from mobillama.train.background import Background
@@ -70,8 +68,7 @@ class Saver:
     Args:
         directory: holds the checkpoints.
         world: the processes; all of them call every method at the same step.
-        config: the model's shape.
-        tokenizer: goes with the model.
+        save_weights: writes the model's directories into a checkpoint's, from a copy of its state dict.
         keep: newest checkpoints to keep; 0 keeps all.
         keep_every: of the others, those at multiples of this step are kept; 0: none.
         on_note: told when training waits for files.
@@ -81,13 +78,12 @@ class Saver:
         self,
         directory: Path,
         world: World,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
+        save_weights: Callable[[Path, dict[str, Tensor]], None],
         keep: int = 0,
         keep_every: int = 0,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.directory, self.world, self.config, self.tokenizer = directory, world, config, tokenizer
+        self.directory, self.world, self.save_weights = directory, world, save_weights
         self.keep, self.keep_every, self.on_note = keep, keep_every, on_note
         # A group of its own: what it does in the background must not mix with what training does.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -197,7 +193,7 @@ class Saver:
             writer = _Writer(str(work / "optimizer"), save_distributed=True)
             save_distributed(memory, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
             if self.world.is_first:
-                save_model(work / "model", self.config, weights, self.tokenizer)
+                self.save_weights(work, weights)
                 write_json(work / "state.json", state)
                 digests = _digests(_commit(work, final, step), state)
                 keep_newest(self.directory, step, self.keep, self.keep_every)

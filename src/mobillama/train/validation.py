@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mobillama.data.dataset import Dataset
+from mobillama.train.task import Data
 from mobillama.train.world import World
 
 
@@ -33,8 +33,8 @@ class SourceLoss:
 
 
 def validate(
-    losses: Callable[[Tensor], Tensor],
-    dataset: Dataset,
+    losses: Callable[[Tensor, Tensor | None], Tensor],
+    dataset: Data,
     world: World,
     batch_size: int,
     limit: int = 0,
@@ -42,19 +42,19 @@ def validate(
 ) -> dict[str, SourceLoss]:
     """Return the loss on the first ``limit`` (0: all) held-out sequences of each source.
 
-    The first id of a sequence is context only; every other id is scored, end marks too (their text is of 0 bytes).
-    Sources without hold-out are left out.
+    The first id of a sequence is context only; every other id is scored, end marks too (their text is of 0 bytes), or
+    what the marks of a sequence let learn. Sources without hold-out are left out.
 
     Args:
-        losses: maps sequences (b, s) to their tokens' losses (b, s - 1) in nats; all processes call it equally often.
+        losses: maps sequences (b, s) and their marks to their tokens' losses (b, s - 1) in nats, 0 where a token is not
+            scored; all processes call it equally often.
         dataset: what is held out.
         world: the processes that share the sequences.
         batch_size: sequences at once.
         limit: sequences of a source.
         progress: told (sequences done, all sequences).
     """
-    rows = {name: dataset.holdout_file(name).rows for name in dataset.source_names}
-    rows = {name: min(count, limit) if limit else count for name, count in rows.items()}
+    rows = {name: min(count, limit) if limit else count for name, count in dataset.holdout_sizes.items()}
     total, done = sum(rows.values()), 0
     found = {}
     with torch.no_grad():
@@ -64,9 +64,10 @@ def validate(
                 first = start + batch_size * world.rank
                 mine = min(batch_size, max(0, count - first))
                 # A process without a share still takes part, with a sequence that is not counted.
-                ids = dataset.holdout(name, mine or 1, first if mine else 0)
-                losses_bt = losses(torch.from_numpy(ids).to(world.device))[:mine]
-                scored = ids[:mine, 1:]
+                batch = dataset.holdout_batch(name, mine or 1, first if mine else 0)
+                marks = None if batch.marks is None else torch.from_numpy(batch.marks).to(world.device)
+                losses_bt = losses(torch.from_numpy(batch.ids).to(world.device), marks)[:mine]
+                scored = batch.learned_ids(mine)
                 text = torch.tensor([scored.size, int(dataset.token_lengths[scored].sum())], dtype=torch.float64)
                 sums += torch.cat([losses_bt.double().sum()[None], text.to(world.device)])
                 done += min(batch_size * world.size, count - start)

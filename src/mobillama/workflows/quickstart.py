@@ -59,7 +59,7 @@ def quickstart(run: Path, steps: int | None = None) -> dict[str, Any]:
     resumed = (run / "checkpoints").exists()
     with progress() as show:
         make_data(run, data, recipe, show)
-        checkpoint = pretrain(recipe, TrainingView(show))
+        checkpoint = pretrain(recipe, TrainingView(show, "pretrain"))
         exports = {}
         for number, (name, unshared) in enumerate((("mobillama", False), ("llama", True)), 1):
             shutil.rmtree(run / "export" / name, ignore_errors=True)

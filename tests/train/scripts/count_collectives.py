@@ -11,6 +11,7 @@ from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
 from mobillama.recipe import PretrainRecipe
 from mobillama.train.step import Stepper
+from mobillama.train.task import Pretraining
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import join_world
 
@@ -29,7 +30,7 @@ class Sent(TorchDispatchMode):
 
 
 with join_world("cpu") as world:
-    stepper = Stepper(recipe, Dataset(Path(recipe.data)), world)
+    stepper = Stepper(Pretraining(recipe, Dataset(Path(recipe.data))), world)
     before = fingerprint(stepper.model.state_dict(), world)
     for step in range(2):  # the first one sets FSDP up
         with Sent() as sent:

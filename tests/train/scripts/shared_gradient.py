@@ -14,13 +14,14 @@ from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
 from mobillama.recipe import PretrainRecipe
 from mobillama.train.step import Stepper
+from mobillama.train.task import Pretraining
 from mobillama.train.world import join_world
 
 mobillama.train.step.require_hopper = lambda *facts: None
 recipe = load_recipe(PretrainRecipe, Path(sys.argv[1]), sys.argv[3:])
 
 with join_world("cpu") as world:
-    stepper = Stepper(recipe, Dataset(Path(recipe.data)), world)
+    stepper = Stepper(Pretraining(recipe, Dataset(Path(recipe.data))), world)
     stepper.gradient(0)
     stepper.loader.close()
     shared = {name: p.grad for name, p in stepper.model.named_parameters() if "ffns" in name}

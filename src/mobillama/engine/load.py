@@ -109,11 +109,13 @@ def load_batch_engine(
         context_length: tokens that a slot holds; 0: what the model was made for.
 
     Raises:
-        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for.
+        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for, or not torch's to set.
         CorruptDataError: it is damaged.
     """
     able = engines_for(path)
     if (TORCH if engine == "auto" and TORCH in able else engine) != TORCH:
+        if context_length:
+            raise UsageError("--context: slots of another length are torch's; leave it out")
         opened: BatchEngine = OneSlot(open_engine(path, engine, threads, device))
     else:
         check_threads(threads)

@@ -1,27 +1,40 @@
-"""The native engine beside llama.cpp and torch on one GGUF file and real text, teacher-forced.
+"""The native engine beside llama.cpp and torch on GGUF files and real text, teacher-forced.
 
-    python benchmarks/native_parity.py SmolLM2-135M-Instruct.Q4_1.gguf texts.jsonl --llama-python LLAMA/bin/python
+    python benchmarks/native_parity.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2-q4_0.gguf --texts wikipedia.jsonl.xz \\
+        --llama-python LLAMA/bin/python
 
-Told are: how often the likeliest token is the same; nats per token; and how far the logits of both are from those of the torch
-model that holds the same decoded weights (relative error). The file has to be one that stock llama.cpp loads.
+Told are: bits per byte; how often the likeliest token is the same; and how far the logits are from those of the torch model
+that holds the same decoded weights (relative error, mean of passages). ``f16 cache`` is the native engine with keys and values
+of 16 bits, which tells what codes of 8 bits cost. Files have to be ones that stock llama.cpp loads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import lzma
+import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from parity import Llama
 
+from mobillama.console import note
+from mobillama.data.tokenizer import Tokenizer, token_lengths
 from mobillama.engine import NATIVE, TORCH
+from mobillama.engine.gguf_model import read_model
 from mobillama.engine.load import load_engine
+from mobillama.engine.native_engine import NativeEngine
 from mobillama.record.environment import environment
-from mobillama.record.files import write_json
+from mobillama.record.files import read_json, write_json
+
+RESULTS = Path(__file__).parent / "results" / "native-parity.json"
 
 
 def nats(logits_tv: NDArray[np.float32], ids: list[int]) -> float:
@@ -32,60 +45,75 @@ def nats(logits_tv: NDArray[np.float32], ids: list[int]) -> float:
     return float((log_sums - wide[np.arange(len(wide)), ids[1:]]).sum())
 
 
-def main() -> None:
-    """Compare, print, and record if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("texts", type=Path, help='lines {"text": …}')
-    parser.add_argument("--tokens", type=int, default=10_000)
-    parser.add_argument("--passage", type=int, default=500, help="tokens of a text that are taken")
-    parser.add_argument("--llama-python", default=sys.executable)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-
-    native, tokenizer = load_engine(args.model, NATIVE)
-    torch, _ = load_engine(args.model, TORCH, device="cpu")
-    rows: list[list[int]] = []
-    with open(args.texts, encoding="utf-8") as lines:
+def passages(texts: Path, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
+    """Yield the beginning of each text that is long enough."""
+    reads = lzma.open if texts.suffix == ".xz" else open
+    with reads(texts, "rt", encoding="utf-8") as lines:
         for line in lines:
             (ids,) = tokenizer.encode([json.loads(line)["text"]])
-            if len(ids) >= args.passage:
-                rows.append([int(token) for token in ids[: args.passage]])
-            if len(rows) * args.passage >= args.tokens:
-                break
+            if len(ids) >= length:
+                yield [int(token) for token in ids[:length]]
+
+
+def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one file."""
+    native, tokenizer = load_engine(model, NATIVE)
+    engines = {
+        "native": native,
+        "f16 cache": NativeEngine(read_model(model), cache="f16"),
+        "torch": load_engine(model, TORCH, device="cpu")[0],
+    }
+    rows = list(itertools.islice(passages(args.texts, tokenizer, args.passage), -(-args.tokens // args.passage)))
     if not rows:
         raise SystemExit(f"{args.texts}: no text has {args.passage} tokens")
-
     folder = tempfile.TemporaryDirectory()  # what is told to llama.cpp stands beside the file
-    link = Path(folder.name) / args.model.name
-    link.symlink_to(args.model.resolve())
+    link = Path(folder.name) / model.name
+    link.symlink_to(model.resolve())
     llama = Llama(args.llama_python, link, rows, [], native.vocab_size)
-    same = dict.fromkeys(("native, llama.cpp", "native, torch", "llama.cpp, torch"), 0)
-    lost = dict.fromkeys(("native", "llama.cpp", "torch"), 0.0)
-    wrong: dict[str, list[float]] = {"native": [], "llama.cpp": []}
+    lost: dict[str, float] = {}
+    same: dict[str, int] = {}
+    wrong: dict[str, list[float]] = {}
     for ids in rows:
-        native.truncate(0)
-        torch.truncate(0)
-        logits = {"native": native.feed_each(ids), "llama.cpp": llama.logits(ids), "torch": torch.feed_each(ids)}
-        for pair in same:
-            first, second = (logits[name].argmax(-1) for name in pair.split(", "))
-            same[pair] += int((first == second).sum())
-        for name in lost:
-            lost[name] += nats(logits[name], ids)
-        for name, errors in wrong.items():
-            errors.append(float(np.linalg.norm(logits[name] - logits["torch"]) / np.linalg.norm(logits["torch"])))
-
+        logits = {"llama.cpp": llama.logits(ids)}
+        for name, engine in engines.items():
+            engine.truncate(0)
+            logits[name] = engine.feed_each(ids)
+        for name, its in logits.items():
+            lost[name] = lost.get(name, 0.0) + nats(its, ids)
+            error = float(np.linalg.norm(its - logits["torch"]) / np.linalg.norm(logits["torch"]))
+            wrong.setdefault(name, []).append(error)
+        for pair in itertools.combinations(logits, 2):
+            first, second = (logits[name].argmax(-1) for name in pair)
+            same[", ".join(pair)] = same.get(", ".join(pair), 0) + int((first == second).sum())
+    lengths = token_lengths(tokenizer)
+    size = sum(int(lengths[token]) for ids in rows for token in ids[1:])
     count = len(rows) * args.passage
-    found = {
-        "model": args.model.name,
+    return {
         "tokens": count,
+        "passage": args.passage,
+        "bits_per_byte": {name: total / math.log(2) / size for name, total in lost.items()},
         "same_likeliest_token": {pair: number / count for pair, number in same.items()},
-        "nats_per_token": {name: total / (count - len(rows)) for name, total in lost.items()},
-        "relative_error_to_torch": {name: float(np.mean(errors)) for name, errors in wrong.items()},
+        "relative_error_to_torch": {name: float(np.mean(errors)) for name, errors in wrong.items() if name != "torch"},
+        "llama_cpp_python": llama.facts["llama_cpp"],
+        "environment": environment(),
     }
-    print(json.dumps(found, indent=2))
-    if args.out:
-        write_json(args.out, found | {"llama_cpp": llama.facts["llama_cpp"], "environment": environment()})
+
+
+def main() -> None:
+    """Compare, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--texts", type=Path, required=True, help='lines {"text": …}, also compressed with xz')
+    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--passage", type=int, default=1000, help="tokens of a text that are taken")
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for model in args.models:
+        found = compare(model, args)
+        note(f"{model.name}: {json.dumps(found, indent=2)}")
+        known = read_json(args.results) if args.results.is_file() else {}
+        write_json(args.results, {**known, model.stem: found})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mobillama.engine import NATIVE, TORCH
 from mobillama.engine.blocks import TYPES, encode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import GGUFModel, stored_names, weight_shape, write_model
-from mobillama.engine.load import load_engine
+from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.torch_gguf import decode_weights
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
@@ -29,7 +29,7 @@ try:
 except CannotBuild as error:
     pytest.skip(str(error), allow_module_level=True)
 
-from mobillama.engine.native_engine import NativeEngine
+from mobillama.engine.native_engine import NativeBatchEngine, NativeEngine
 
 SHAPES = {
     "unshared": {"share": "none"},
@@ -39,6 +39,7 @@ SHAPES = {
         "share": "ffn", "ffn_groups": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
     "own head width, one key head, QK-norm": {"share": "none", "head_dim": 24, "num_key_value_heads": 1, "qk_norm": True},
+    "heads of 32, grouped": {"share": "ffn", "head_dim": 32, "num_key_value_heads": 2},
     "odd sizes": {"hidden_size": 72, "head_dim": 18, "intermediate_size": 100},
 }  # fmt: skip
 BASE = {
@@ -89,19 +90,77 @@ def test_logits_are_torchs(changes, kind):
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "f16"])
-def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same(kind):
-    model = model_of(kind, num_key_value_heads=2)
+@pytest.mark.parametrize("head", [32, 40])
+def test_token_by_token_in_chunks_or_after_truncation_the_logits_are_the_same_bits(kind, head):
+    model = model_of(kind, num_key_value_heads=2, head_dim=head)
     for name in kernels():
         engine = NativeEngine(model, 2, name)
         each = engine.feed_each(IDS)
         assert engine.length == 150
-        engine.truncate(0)
-        one_by_one = np.stack([engine.feed([token]) for token in IDS[:40]])
-        np.testing.assert_allclose(one_by_one, each[:40], atol=1e-4)
+        for step in (1, 7):
+            engine.truncate(0)
+            pieces = [engine.feed_each(IDS[start : start + step]) for start in range(0, len(IDS), step)]
+            assert np.array_equal(np.concatenate(pieces), each)
         engine.truncate(13)
         assert engine.length == 13
-        np.testing.assert_allclose(engine.feed(IDS[13:140]), each[139], atol=1e-4)
-        np.testing.assert_allclose(engine.feed_each(IDS[140:]), each[140:], atol=1e-4)
+        assert np.array_equal(engine.feed(IDS[13:140]), each[139])
+        assert np.array_equal(engine.feed_each(IDS[140:]), each[140:])
+
+
+@pytest.mark.parametrize(("kind", "head"), [("q4_0", 32), ("q4_0", 40), ("f16", 32)])
+def test_each_slot_has_the_bits_that_its_sequence_has_alone(kind, head):
+    model = model_of(kind, num_key_value_heads=2, head_dim=head)
+    draw = np.random.default_rng(3)
+    rows = [draw.integers(0, 333, 60 + 17 * slot).tolist() for slot in range(5)]
+    for name in kernels():
+        engine = NativeBatchEngine(model, 5, 2, name)
+        alone = [NativeEngine(model, 1, name).feed_each(ids) for ids in rows]
+        while any(engine.length(slot) < len(ids) for slot, ids in enumerate(rows)):
+            # Slots join at other times with prompts of other lengths, some longer than a pass; others decode meanwhile.
+            open_slots = [slot for slot, ids in enumerate(rows) if engine.length(slot) < len(ids)]
+            chosen = draw.permutation([slot for slot in open_slots if draw.random() < 0.7] or open_slots).tolist()
+            work = []
+            for slot in chosen:
+                start = engine.length(slot)
+                work.append((slot, rows[slot][start : start + (int(draw.integers(1, 90)) if start == 0 else 1)]))
+            logits = engine.feed(work)
+            assert logits.shape == (len(work), 333)
+            for row, slot in enumerate(chosen):
+                assert np.array_equal(logits[row], alone[slot][engine.length(slot) - 1]), (name, slot)
+
+
+def test_a_slot_is_used_again_after_truncation_and_its_neighbours_do_not_notice():
+    model = model_of("q4_1", head_dim=32)
+    engine = NativeBatchEngine(model, 2, 2)
+    engine.feed([(0, IDS[:50]), (1, IDS[50:90])])
+    engine.truncate(0, 0)
+    engine.truncate(1, 30)
+    assert (engine.length(0), engine.length(1)) == (0, 30)
+    found = engine.feed_each([(1, IDS[80:90]), (0, IDS[100:140])])
+    assert np.array_equal(found[:10], NativeEngine(model, 1).feed_each(IDS[50:90])[30:])
+    assert np.array_equal(found[10:], NativeEngine(model, 1).feed_each(IDS[100:140]))
+    assert engine.memory.cache == 2 * NativeEngine(model, 1).memory.cache
+
+
+def test_work_that_cannot_be_taken_in_is_refused_and_changes_nothing():
+    engine = NativeBatchEngine(model_of("q4_0"), 2, 1)
+    expected = engine.feed([(0, IDS[:4]), (1, IDS[:9])])
+    for work, said in (
+        ([], "2 slots is fed some of them"),
+        ([(2, [1])], "each once, not"),
+        ([(-1, [1])], "each once, not"),
+        ([(0, [1]), (0, [2])], "each once, not"),
+        ([(0, [1]), (1, [])], "at least one token"),
+        ([(0, [1]), (1, [333])], "0…332"),
+        ([(0, [1]), (1, [1] * 192)], "200 tokens cannot hold 201"),
+    ):
+        for feed in (engine.feed, engine.feed_each):
+            with pytest.raises(ValueError, match=said):
+                feed(work)
+    assert (engine.length(0), engine.length(1)) == (4, 9)
+    engine.truncate(0, 3)
+    engine.truncate(1, 8)
+    assert np.array_equal(engine.feed([(0, IDS[3:4]), (1, IDS[8:9])]), expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"hidden_size": 72}], ids=str)
@@ -160,7 +219,19 @@ def test_a_shared_weight_is_stored_and_counted_once():
     assert shared.weights - shared.read_per_token == table
     tied = model_of("q4_0", tie_word_embeddings=True)
     assert NativeEngine(tied, 1).memory.read_per_token == NativeEngine(tied, 1).memory.weights
-    assert shared.cache == 3 * 4 * 208 * (40 + 48) * 2
+
+
+def test_keys_and_values_take_half_the_memory_as_codes():
+    model = model_of("q4_0", head_dim=32)
+    positions, heads = 256, 3 * 4
+    codes, floats = NativeEngine(model, 1), NativeEngine(model, 1, cache="f16")
+    assert floats.memory.cache == heads * positions * 2 * 32 * 2
+    # A key has a scale, with room for a second block's; a value's column has one, and ones beside its codes.
+    assert codes.memory.cache == heads * positions * ((32 + 2) * 2 + (32 + 2) + 4)
+    expected = torch_logits(model)
+    assert distance(floats.feed_each(IDS), expected) < distance(codes.feed_each(IDS), expected) < 2e-2
+    assert NativeEngine(model, 1, exact=True).memory.cache == floats.memory.cache
+    assert NativeEngine(model_of("f16", head_dim=32), 1).memory.cache == floats.memory.cache
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +250,22 @@ def test_a_gguf_file_opens_in_it_and_in_torch_on_wish(gguf):
     assert distance(engine.feed(IDS), reference.feed(IDS)) < 2e-2
     with pytest.raises(UsageError, match="--threads: 9999 where there are"):
         load_engine(gguf, threads=9999)
+
+
+def test_a_gguf_file_opens_for_several_sequences(gguf):
+    (batch, tokenizer), engine = (
+        load_batch_engine(gguf, 3, threads=1, context_length=20),
+        load_engine(gguf, threads=1)[0],
+    )
+    assert (batch.name, batch.slots, batch.context_length) == (NATIVE, 3, 20)
+    assert batch.vocab_size == tokenizer.vocab_size == engine.vocab_size
+    assert np.array_equal(batch.feed([(2, IDS[:5])])[0], engine.feed(IDS[:5]))
+    with pytest.raises(ValueError, match="20 tokens cannot hold 21"):
+        batch.feed([(2, IDS[:16])])
+    with pytest.raises(UsageError, match="computes on the CPU here"):
+        load_batch_engine(gguf, 3, NATIVE, device="cuda")
+    with pytest.raises(UsageError, match=r"--context: 201 tokens; .* at most 200"):
+        load_batch_engine(gguf, 3, context_length=201)
 
 
 def decode_in_a_process(gguf, **environment) -> subprocess.CompletedProcess[str]:

@@ -89,6 +89,14 @@ def _add_sampling(verb: argparse.ArgumentParser, max_tokens: int) -> None:
         help="above 1: make tokens rarer that were there before (default: %(default)s)",
     )
     verb.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    verb.add_argument(
+        "--lookup",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="guess up to N tokens at a time from where the last ones stood before: the same text, sooner where it repeats "
+        "itself; 8 is a good number on a CPU (default: 0, guess nothing)",
+    )
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -118,7 +126,7 @@ def _generate(args: argparse.Namespace) -> None:
             f"--prompt: {len(ids)} tokens leave no room in a context of {engine.context_length}; shorten it"
         )
     random = np.random.default_rng(args.seed)
-    tokens = stream_tokens(Session(engine), ids, {tokenizer.eos_id}, sampling, args.max_tokens, random)
+    tokens = stream_tokens(Session(engine), ids, {tokenizer.eos_id}, sampling, args.max_tokens, random, args.lookup)
     print(prompt, end="", flush=True)
     for piece in text_of(tokens, tokenizer):
         print(piece, end="", flush=True)
@@ -137,7 +145,7 @@ def _chat(args: argparse.Namespace) -> None:
     sampling, console = _sampling(args), Console(highlight=False)
     with console.status("loading the model …"):
         engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
-        conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed, args.system)
+        conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed, args.system, args.lookup)
     chat(
         conversation,
         read=lambda: console.input("[bold cyan]> [/]"),

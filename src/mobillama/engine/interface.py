@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mobillama.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,22 @@ def check_work(work: Sequence[tuple[int, Sequence[int]]], engine: BatchEngine) -
         raise ValueError(f"an engine of {engine.slots} slots is fed some of them, each once, not {slots}")
     for slot, ids in work:
         _check_ids(ids, engine.length(slot), engine.context_length, engine.vocab_size)
+
+
+def chosen_context(path: Path, wanted: int, most: int) -> int:
+    """Return the tokens that a sequence is given room for.
+
+    Args:
+        path: of the model.
+        wanted: 0: the most.
+        most: what the model was made for.
+
+    Raises:
+        UsageError: more are wanted.
+    """
+    if wanted > most:
+        raise UsageError(f"--context: {wanted} tokens; {path} was made for at most {most}")
+    return wanted or most
 
 
 def _check_ids(ids: Sequence[int], held: int, context_length: int, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
-from mobillama.engine.interface import BatchEngine, Engine, OneSlot
+from mobillama.engine.interface import BatchEngine, Engine, OneSlot, chosen_context
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
 
@@ -103,34 +103,17 @@ def load_batch_engine(
     Args:
         path: see :func:`load_engine`, as the others.
         slots: sequences decoded together; engines that decode one sequence have one.
-        engine: auto: torch, where it can open ``path``.
+        engine: see :func:`load_engine`.
         threads: to compute with.
         device: to compute on.
         context_length: tokens that a slot holds; 0: what the model was made for.
 
     Raises:
-        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for, or not torch's to set.
+        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for.
         CorruptDataError: it is damaged.
     """
-    able = engines_for(path)
-    if (TORCH if engine == "auto" and TORCH in able else engine) != TORCH:
-        if context_length:
-            raise UsageError("--context: slots of another length are torch's; leave it out")
-        opened: BatchEngine = OneSlot(open_engine(path, engine, threads, device))
-    else:
-        check_threads(threads)
-        opened = _open_torch_batch(path, slots, threads, device, context_length)
+    opened = open_batch_engine(path, slots, engine, threads, device, context_length)
     return opened, _matching_tokenizer(path, opened.vocab_size)
-
-
-def _open_torch_batch(path: Path, slots: int, threads: int, device: str, context_length: int) -> BatchEngine:
-    from mobillama.engine.torch_batch import TorchBatchEngine
-
-    model = _torch_model(path, threads, device)
-    most = model.model.shape.max_position_embeddings
-    if context_length > most:
-        raise UsageError(f"--context: {context_length} tokens; {path} was made for at most {most}")
-    return TorchBatchEngine(model, slots, context_length or most)
 
 
 def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -147,8 +130,7 @@ def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
     """Return the engine of a file or directory; arguments and errors are those of :func:`load_engine`."""
     check_threads(threads)
     chosen_engine = engine_for(path, engine, device)
-    if chosen_engine != TORCH and device == "cuda":
-        raise UsageError(f"{path}: {chosen_engine} computes on the CPU here; leave --device out")
+    _check_device(path, chosen_engine, device)
     if chosen_engine == ONNXRUNTIME:
         from mobillama.engine.onnx_engine import OnnxEngine
 
@@ -160,6 +142,35 @@ def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
     from mobillama.engine.torch_engine import TorchEngine
 
     return TorchEngine(_torch_model(path, threads, device))
+
+
+def open_batch_engine(
+    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> BatchEngine:
+    """Return the engine of several slots of a file or directory; arguments and errors are those of
+    :func:`load_batch_engine`.
+    """
+    chosen = engine_for(path, engine, device)
+    if chosen not in (NATIVE, TORCH):
+        if context_length:
+            raise UsageError(f"--context: {chosen} holds as many tokens as it was exported for; leave it out")
+        return OneSlot(open_engine(path, engine, threads, device))
+    check_threads(threads)
+    if chosen == NATIVE:
+        _check_device(path, chosen, device)
+        from mobillama.engine.native_engine import NativeBatchEngine
+
+        return NativeBatchEngine.load(path, slots, threads, context_length)
+    from mobillama.engine.torch_batch import TorchBatchEngine
+
+    model = _torch_model(path, threads, device)
+    most = model.model.shape.max_position_embeddings
+    return TorchBatchEngine(model, slots, chosen_context(path, context_length, most))
+
+
+def _check_device(path: Path, engine: str, device: str) -> None:
+    if engine != TORCH and device == "cuda":
+        raise UsageError(f"{path}: {engine} computes on the CPU here; leave --device out")
 
 
 def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.engine.blocks import decode
+from mobillama.engine.blocks import F16, Q8_0, TYPES, BlockType, decode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
-from mobillama.engine.interface import Memory, check_tokens
+from mobillama.engine.interface import Memory, check_work, chosen_context
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.native.build import CannotBuild
-from mobillama.native.library import Layer, Shape, kernels, library
+from mobillama.native.library import Layer, Run, Shape, kernels, library
 from mobillama.record.environment import available_cores
 
+E = TypeVar("E")
 _NO_MEMORY, _NOT_FINITE = -1, -2
 _MATRICES = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
@@ -27,14 +29,21 @@ _NORMS = {
 }  # fmt: skip
 
 
-class NativeEngine:
-    """Decodes one sequence. Weights are packed once, when the model is loaded, and shared ones are one copy in memory.
+class NativeBatchEngine:
+    """Decodes several sequences together, each in a slot of its own; weights are read once a step for all of them.
+
+    Weights are packed once, when the model is loaded, and shared ones are one copy in memory. What is computed for a sequence
+    does not depend, bit for bit, on how many others are fed beside it, nor on how its tokens are cut into feeds.
 
     Args:
         model: what :func:`mobillama.engine.gguf_model.read_model` returned; it is not needed afterwards.
+        slots: number of sequences.
         threads: to compute with; 0: one for each core that this process may use.
         with_kernels: one of :func:`mobillama.native.library.kernels`; empty: the best.
         exact: multiply in floats instead of 8-bit activations; slow, for comparison.
+        cache: type of keys and values, f16, or q8_0 where heads are a multiple of 32 wide; empty: q8_0 where that can be and
+            weights are quantized too.
+        context_length: tokens that a slot holds; 0: what the model was made for.
 
     Raises:
         CorruptDataError: weights are infinite or no numbers.
@@ -43,10 +52,20 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, model: GGUFModel, threads: int = 0, with_kernels: str = "", exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: GGUFModel,
+        slots: int,
+        threads: int = 0,
+        with_kernels: str = "",
+        exact: bool = False,
+        cache: str = "",
+        context_length: int = 0,
+    ) -> None:
         shape = model.shape
-        self.context_length, self.vocab_size = shape.max_position_embeddings, shape.vocab_size
-        self.length = 0
+        self.slots, self.vocab_size = slots, shape.vocab_size
+        self.context_length = context_length or shape.max_position_embeddings
+        self._lengths = [0] * slots
         self._library = library()
         self._chunk = self._library.mobillama_chunk()
         self._model = self._library.mobillama_new(
@@ -58,10 +77,12 @@ class NativeEngine:
                 shape.num_attention_heads,
                 shape.key_value_heads,
                 shape.attention_head_dim,
-                shape.max_position_embeddings,
+                self.context_length,
+                slots,
                 shape.rms_norm_eps,
                 shape.rope_theta,
                 exact,
+                (TYPES[cache] if cache else _cache_type(model, exact)).code,
             ),
             threads or available_cores(),
             (with_kernels or kernels()[0]).encode(),
@@ -75,57 +96,48 @@ class NativeEngine:
         self._products = np.empty(most_rows * self._chunk, np.float32)  # takes memory only where it is written
         weights = sum(tensor.nbytes for tensor in model.tensors.values())
         table = model.tensors[EMBEDDING].nbytes if HEAD in model.tensors else 0
-        positions, width = -(-self.context_length // 16) * 16, shape.attention_head_dim
-        cache = 2 * shape.num_hidden_layers * shape.key_value_heads * positions * (width + -(-width // 16) * 16)
-        self.memory = Memory(weights, weights - table, cache)
+        self.memory = Memory(weights, weights - table, self._library.mobillama_cache_bytes(self._model))
 
     @classmethod
-    def load(cls, path: Path, threads: int = 0) -> NativeEngine:
+    def load(cls, path: Path, slots: int, threads: int = 0, context_length: int = 0) -> NativeBatchEngine:
         """Open a GGUF file, shared or not.
 
         Raises:
-            UsageError: it is no GGUF of a Llama, holds types that are not read here, or the library is missing and cannot
-                be compiled.
+            UsageError: it is no GGUF of a Llama, holds types that are not read here, ``context_length`` is more than it was
+                made for, or the library is missing and cannot be compiled.
             CorruptDataError: it is damaged.
         """
-        try:
-            library()
-        except CannotBuild as error:
-            raise UsageError(f"{path}: {error}; leave --engine out to decode with another engine") from None
-        model = read_model(path)
-        try:
-            return cls(model, threads)
-        except CorruptDataError as error:
-            raise CorruptDataError(f"{path}: {error}") from None
+
+        def engine_of(model: GGUFModel) -> NativeBatchEngine:
+            context = chosen_context(path, context_length, model.shape.max_position_embeddings)
+            return cls(model, slots, threads, context_length=context)
+
+        return _opened(path, engine_of)
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
             self._library.mobillama_free(self._model)
 
-    def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Take in tokens; return the logits (vocabulary,) that follow the last one.
+    def length(self, slot: int) -> int:
+        """Return the number of tokens that a slot has taken in."""
+        return self._lengths[slot]
+
+    def feed(self, work: Sequence[tuple[int, Sequence[int]]]) -> NDArray[np.float32]:
+        """Take in tokens (slot, ids); return the logits (work, vocabulary) that follow the last token of each.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, or more than ``context_length`` in all.
+            ValueError: no work, a slot named twice or not there, no tokens, ids outside the vocabulary, or more than
+                ``context_length`` in a slot.
         """
-        check_tokens(ids, self)
-        logits_v = np.empty(self.vocab_size, np.float32)
-        for start in range(0, len(ids), self._chunk):
-            self._feed(ids[start : start + self._chunk], logits_v, each=False)
-        return logits_v
+        return self._feed(work, each=False)
 
-    def feed_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Take in tokens like :meth:`feed`; return the logits (tokens, vocabulary) that follow each."""
-        check_tokens(ids, self)
-        logits_tv = np.empty((len(ids), self.vocab_size), np.float32)
-        for start in range(0, len(ids), self._chunk):
-            part = slice(start, start + self._chunk)
-            self._feed(ids[part], logits_tv[part], each=True)
-        return logits_tv
+    def feed_each(self, work: Sequence[tuple[int, Sequence[int]]]) -> NDArray[np.float32]:
+        """Take in tokens like :meth:`feed`; return the logits (all tokens, vocabulary) that follow each."""
+        return self._feed(work, each=True)
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on."""
-        self.length = min(length, self.length)
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all tokens of a slot from position ``length`` on."""
+        self._lengths[slot] = min(length, self._lengths[slot])
 
     def multiply_only(self, tokens: int) -> None:
         """Do the matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
@@ -135,10 +147,35 @@ class NativeEngine:
         """
         self._library.mobillama_multiply_only(self._model, min(tokens, self._chunk), self._products.ctypes.data)
 
-    def _feed(self, ids: Sequence[int], logits: NDArray[np.float32], each: bool) -> None:
-        ids_t = np.array(ids, np.int32)
-        self._library.mobillama_feed(self._model, ids_t.ctypes.data, len(ids_t), self.length, logits.ctypes.data, each)
-        self.length += len(ids_t)
+    def _feed(self, work: Sequence[tuple[int, Sequence[int]]], each: bool) -> NDArray[np.float32]:
+        check_work(work, self)
+        ids_t = np.concatenate([np.asarray(ids, np.int32) for _, ids in work])
+        logits_wv = np.empty((len(ids_t) if each else len(work), self.vocab_size), np.float32)
+        token = row = 0
+        for runs in self._passes(work, each):
+            ids, logits = ids_t[token:].ctypes.data, logits_wv[row:].ctypes.data
+            self._library.mobillama_feed(self._model, ids, (Run * len(runs))(*runs), len(runs), logits)
+            for run in runs:
+                self._lengths[run.slot] += run.tokens
+                token, row = token + run.tokens, row + run.wanted
+        return logits_wv
+
+    def _passes(self, work: Sequence[tuple[int, Sequence[int]]], each: bool) -> Iterator[list[Run]]:
+        """Yield the runs of each pass, a chunk of tokens at most."""
+        runs: list[Run] = []
+        room = self._chunk
+        for slot, ids in work:
+            start, left = self._lengths[slot], len(ids)
+            while left:
+                tokens = min(left, room)
+                left -= tokens
+                runs.append(Run(slot, start, tokens, tokens if each else int(not left)))
+                start, room = start + tokens, room - tokens
+                if not room:
+                    yield runs
+                    runs, room = [], self._chunk
+        if runs:
+            yield runs
 
     def _load(self, model: GGUFModel) -> None:
         numbers = {name: self._add(name, tensor) for name, tensor in model.tensors.items()}
@@ -165,6 +202,67 @@ class NativeEngine:
         if number == _NO_MEMORY:
             raise MobiLlamaError(_TOO_LARGE)
         return int(number)
+
+
+class NativeEngine:
+    """Decodes one sequence: a batch of one. Arguments and errors are those of :class:`NativeBatchEngine`."""
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: GGUFModel,
+        threads: int = 0,
+        with_kernels: str = "",
+        exact: bool = False,
+        cache: str = "",
+    ) -> None:
+        self._batch = NativeBatchEngine(model, 1, threads, with_kernels, exact, cache)
+        self.context_length, self.vocab_size = self._batch.context_length, self._batch.vocab_size
+        self.memory = self._batch.memory
+
+    @classmethod
+    def load(cls, path: Path, threads: int = 0) -> NativeEngine:
+        """Open a GGUF file; errors are those of :meth:`NativeBatchEngine.load`."""
+        return _opened(path, lambda model: cls(model, threads))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens taken in."""
+        return self._batch.length(0)
+
+    def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Take in tokens; return the logits (vocabulary,) that follow the last one.
+
+        Raises:
+            ValueError: no tokens, ids outside the vocabulary, or more than ``context_length`` in all.
+        """
+        return self._batch.feed([(0, ids)])[0]
+
+    def feed_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Take in tokens like :meth:`feed`; return the logits (tokens, vocabulary) that follow each."""
+        return self._batch.feed_each([(0, ids)])
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on."""
+        self._batch.truncate(0, length)
+
+
+def _cache_type(model: GGUFModel, exact: bool) -> BlockType:
+    quantized = model.tensors["model.layers.0.self_attn.k_proj.weight"].kind.is_quantized
+    return Q8_0 if quantized and not exact and model.shape.attention_head_dim % Q8_0.values == 0 else F16
+
+
+def _opened(path: Path, engine_of: Callable[[GGUFModel], E]) -> E:
+    try:
+        library()
+    except CannotBuild as error:
+        raise UsageError(f"{path}: {error}; leave --engine out to decode with another engine") from None
+    model = read_model(path)
+    try:
+        return engine_of(model)
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{path}: {error}") from None
 
 
 _TOO_LARGE = "native engine: the model and its context do not fit the memory; close other programs"

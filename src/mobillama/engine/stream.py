@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.interface import Engine
+from mobillama.engine.lookup import Lookup
 from mobillama.engine.sampling import Sampling, sample
 
 
@@ -36,16 +37,16 @@ class Session:
         """Return how many of ``ids`` need not be computed; the last one always is."""
         return min(shared_length(self._ids, ids), len(ids) - 1)
 
-    def append(self, token: int) -> NDArray[np.float32]:
-        """Take in one more token; return the logits that follow."""
-        logits = self.engine.feed([token])
-        self._ids.append(token)
-        return logits
+    def append(self, *tokens: int) -> NDArray[np.float32]:
+        """Take in more tokens; return the logits (tokens, vocabulary) that follow each."""
+        logits_tv = self.engine.feed(tokens)[None] if len(tokens) == 1 else self.engine.feed_each(tokens)
+        self._ids += tokens
+        return logits_tv
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the context holds no further token."""
-        return len(self._ids) >= self.engine.context_length
+    def keep(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on."""
+        del self._ids[length:]
+        self.engine.truncate(length)
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
@@ -64,24 +65,47 @@ def stream_tokens(
     sampling: Sampling,
     max_tokens: int,
     random: np.random.Generator,
+    lookup: int = 0,
 ) -> Iterator[int]:
     """Yield the ids that continue ``ids``, until one of ``stop_ids``, ``max_tokens`` or a full context.
 
     What stops is neither yielded nor fed.
 
+    Args:
+        session: what decodes; it may hold guesses afterwards.
+        ids: what is continued.
+        stop_ids: what ends the answer.
+        sampling: how tokens are drawn.
+        max_tokens: longest answer.
+        random: of the draws.
+        lookup: feed up to so many guesses with each token (:mod:`mobillama.engine.lookup`). Each token is drawn as without
+            them, from the same logits with the same random numbers, and a guess that differs from what is drawn is
+            forgotten: the answer is the same, as far as the engine computes the same for one token as for several.
+
     Raises:
         ValueError: ``ids`` is empty or does not fit the context.
     """
-    logits, seen = session.set(ids), list(ids)
-    for remaining in range(max_tokens, 0, -1):
-        token = sample(logits, sampling, random, seen)
-        if token in stop_ids:
-            return
-        yield token
-        if session.is_full or remaining == 1:
-            return
-        seen.append(token)
-        logits = session.append(token)
+    logits_tv, seen = session.set(ids)[None], list(ids)
+    most, memory = min(len(ids) + max_tokens, session.engine.context_length + 1), Lookup(ids, lookup)
+    guesses: list[int] = []
+    while True:
+        start = len(seen)
+        for logits_v, guess in zip(logits_tv, [*guesses, None], strict=True):
+            token = sample(logits_v, sampling, random, seen)
+            if token in stop_ids:
+                return
+            yield token
+            seen.append(token)
+            if len(seen) >= most:
+                return
+            if token != guess:
+                break
+        memory.learn(len(guesses), len(seen) - start - 1)
+        memory.extend(seen[start:])
+        if guesses:
+            session.keep(len(seen) - 1)
+        guesses = memory.guess(most - 1 - len(seen))
+        logits_tv = session.append(seen[-1], *guesses)
 
 
 def text_of(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

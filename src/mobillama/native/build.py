@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-_COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
+# Contracting sums at the compiler's discretion would make bits depend on how many vectors a product is written for.
+_COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
 # The library runs where an older libstdc++ or none is installed.
 _LINK = ("-shared", "-pthread", *(("-static-libgcc", "-static-libstdc++") if sys.platform == "linux" else ()))
 _X86 = {

@@ -72,8 +72,7 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
         const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
         const V scale = load_half(pair + g % 2 * 32);
-        if (N == 1)
-            for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
+        for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
         Bytes w[8];
         UNROLL
         for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
@@ -94,10 +93,10 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
 }
 
 // The same in floats: what the 8-bit products are compared with.
-template <class Format, int N>
-void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, V* sums) {
+template <class Format>
+void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, int n, V* sums) {
     constexpr Layout layout = layout_of(Format::kind);
-    for (int v = 0; v < N; v++) sums[v] = set(0);
+    for (int v = 0; v < n; v++) sums[v] = set(0);
     for (int column = 0; column < columns; column++) {
         const int g = column / BLOCK, k = column % BLOCK;
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
@@ -112,7 +111,7 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
         if (Format::kind == Q4_0) w = add(w, set(-8));
         w = mul(w, load_half(pair + g % 2 * 32));
         if (Format::kind == Q4_1) w = add(w, load_half(pair + layout.minima + g % 2 * 32));
-        for (int v = 0; v < N; v++) sums[v] = fma(w, set(x[(size_t)v * stride + column]), sums[v]);
+        for (int v = 0; v < n; v++) sums[v] = fma(w, set(x[(size_t)v * stride + column]), sums[v]);
     }
 }
 
@@ -141,17 +140,24 @@ void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int fir
     switch (m.kind) {
         case Q4_0:
             return blocks ? quantized_panel<Q4, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4, N>(panel, m.columns, x, in.stride, sums);
+                          : exact_panel<Q4>(panel, m.columns, x, in.stride, N, sums);
         case Q4_1:
             return blocks ? quantized_panel<Q4WithMinimum, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4WithMinimum, N>(panel, m.columns, x, in.stride, sums);
+                          : exact_panel<Q4WithMinimum>(panel, m.columns, x, in.stride, N, sums);
         case Q8_0:
             return blocks ? quantized_panel<Q8, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q8, N>(panel, m.columns, x, in.stride, sums);
+                          : exact_panel<Q8>(panel, m.columns, x, in.stride, N, sums);
         case F32: return float_panel<F32, N>(panel, m.columns, x, in.stride, sums);
         case F16: return float_panel<F16, N>(panel, m.columns, x, in.stride, sums);
         case BF16: return float_panel<BF16, N>(panel, m.columns, x, in.stride, sums);
     }
+}
+
+// Products of one panel with n <= N vectors.
+template <int N>
+void panel_times_up_to(int n, const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
+    if (n == N) return panel_times<N>(m, panel, in, first, sums);
+    if constexpr (N > 1) panel_times_up_to<N - 1>(n, m, panel, in, first, sums);
 }
 
 void multiply(const Matrix& m, int first, int last, const Input& in, float* out, int stride, bool add_to) {
@@ -159,18 +165,10 @@ void multiply(const Matrix& m, int first, int last, const Input& in, float* out,
         const uint8_t* panel = m.data + (size_t)p * m.panel_bytes;
         const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
         for (int v = 0, n; v < in.n; v += n) {
-            const int left = in.n - v;
+            const int left = in.n - v, passes = (left + COLUMNS - 1) / COLUMNS;
+            n = (left + passes - 1) / passes;  // passes of one width, none of them narrow
             V sums[COLUMNS];
-            if (COLUMNS >= 16 && left >= 16)
-                panel_times<COLUMNS >= 16 ? 16 : 1>(m, panel, in, v, sums), n = 16;
-            else if (COLUMNS >= 8 && left >= 8)
-                panel_times<COLUMNS >= 8 ? 8 : 1>(m, panel, in, v, sums), n = 8;
-            else if (COLUMNS >= 4 && left >= 4)
-                panel_times<COLUMNS >= 4 ? 4 : 1>(m, panel, in, v, sums), n = 4;
-            else if (left >= 2)
-                panel_times<2>(m, panel, in, v, sums), n = 2;
-            else
-                panel_times<1>(m, panel, in, v, sums), n = 1;
+            panel_times_up_to<COLUMNS>(n, m, panel, in, v, sums);
             for (int i = 0; i < n; i++) {
                 float* to = out + (size_t)(v + i) * stride + p * PANEL;
                 if (rows == PANEL)
@@ -224,35 +222,62 @@ void rotate(float* x, const float* cosine, const float* sine, int n, float scale
     }
 }
 
-void store_position(const float* key, const float* value, uint16_t* keys, uint16_t* values, int width, int position) {
-    const V most = set(65504.0f), least = set(-65504.0f);  // of fp16
-    uint16_t* column = keys + (size_t)(position / 16) * width * 16 + position % 16;
-    uint16_t* row = values + (size_t)position * padded(width, 16);
-    for (int i = 0; i < width; i += 16) {
-        const int n = width - i < 16 ? width - i : 16;
-        uint16_t halves[16];
-        store_half(halves, larger(smaller(load_part(key + i, n), most), least));
-        for (int j = 0; j < n; j++) column[(i + j) * 16] = halves[j];
-        store_half(row + i, larger(smaller(load_part(value + i, n), most), least));
+// Halves that no number of a cache exceeds.
+inline void store_clamped(uint16_t* halves, V x) { store_half(halves, larger(smaller(x, set(65504.0f)), set(-65504.0f))); }
+
+void store_halves(const Matrix& keys, const Matrix& values, const float* key, const float* value, int position) {
+    const int width = keys.columns;
+    uint16_t* row = (uint16_t*)(keys.data + (size_t)(position / PANEL) * keys.panel_bytes) + position % PANEL;
+    for (int i = 0; i < width; i += PANEL) {
+        const int n = width - i < PANEL ? width - i : PANEL;
+        uint16_t halves[PANEL];
+        store_clamped(halves, load_part(key + i, n));
+        for (int j = 0; j < n; j++) row[(size_t)(i + j) * PANEL] = halves[j];
+        uint16_t* panel = (uint16_t*)(values.data + (size_t)(i / PANEL) * values.panel_bytes);
+        store_clamped(panel + (size_t)position * PANEL, load_part(value + i, n));
     }
 }
 
-// scores[j * room + position] of N queries, for all positions up to `room`, a whole number of sixteens.
-template <int N>
-inline void scores_of(const float* const* query, const uint16_t* keys, int width, int room, float* scores) {
-    for (int s = 0; s < room; s += 16, keys += (size_t)width * 16) {
-        V acc[N];
-        for (int j = 0; j < N; j++) acc[j] = set(0);
-        for (int i = 0; i < width; i++) {
-            const V key = load_half(keys + (size_t)i * 16);
-            for (int j = 0; j < N; j++) acc[j] = fma(key, set(query[j][i]), acc[j]);
-        }
-        for (int j = 0; j < N; j++) store(scores + (size_t)j * room + s, acc[j]);
+// A key has a scale for each of its blocks, as in a file. A value's numbers stand in as many blocks, each of 32 positions: it
+// has one scale, which the position's probability is to be multiplied with, and the blocks' scales are one.
+float store_codes_of(const Matrix& keys, const Matrix& values, const float* key, const float* value, int position) {
+    constexpr Layout layout = layout_of(Q8_0);
+    const int width = keys.columns, row = position % PANEL;
+    uint16_t halves[PANEL];
+    for (int g = 0; g < width / BLOCK; g++) {
+        uint8_t* pair = keys.data + (size_t)(position / PANEL) * keys.panel_bytes + (size_t)(g / 2) * layout.pair_bytes;
+        Activations block;
+        quantize(key + g * BLOCK, BLOCK, &block, 1);
+        store_clamped(halves, set(block.scale));
+        memcpy(pair + g % 2 * 32 + 2 * row, halves, 2);
+        uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes + 4 * row;
+        for (int i = 0; i < BLOCK / 4; i++) memcpy(codes + 64 * i, block.codes + 4 * i, 4);
     }
+
+    V most = set(0);
+    for (int i = 0; i < width; i += PANEL) most = larger(most, magnitude(load(value + i)));
+    const float scale = largest(most) / 127.0f;
+    const V inverse = set(scale > 0 ? 1.0f / scale : 0.0f);
+    const int g = position / BLOCK, k = position % BLOCK;
+    store_half(halves, set(1));
+    for (int i = 0; i < width; i += PANEL) {
+        uint8_t* pair = values.data + (size_t)(i / PANEL) * values.panel_bytes + (size_t)(g / 2) * layout.pair_bytes;
+        if (k == 0) memcpy(pair + g % 2 * 32, halves, sizeof halves);
+        int8_t codes[PANEL];
+        store_codes(codes, nearest(mul(load(value + i), inverse)));
+        uint8_t* column = pair + layout.codes + g % 2 * layout.block_bytes + k / 4 * 64 + k % 4;
+        for (int j = 0; j < PANEL; j++) column[4 * j] = (uint8_t)codes[j];
+    }
+    return scale;
 }
 
-// Make scores probabilities, those behind the limit zero.
-inline void softmax(float* scores, int limit, int room) {
+float store_position(const Matrix& keys, const Matrix& values, const float* key, const float* value, int position) {
+    if (keys.kind == Q8_0) return store_codes_of(keys, values, key, value, position);
+    store_halves(keys, values, key, value, position);
+    return 1;
+}
+
+void softmax(float* scores, int limit, int room, const float* factors) {
     for (int s = limit; s < padded(limit, 16); s++) scores[s] = -__builtin_inff();
     V most = load(scores);
     for (int s = 16; s < limit; s += 16) most = larger(most, load(scores + s));
@@ -260,61 +285,16 @@ inline void softmax(float* scores, int limit, int room) {
     V total = set(0);
     for (int s = 0; s < limit; s += 16) {
         const V p = exponential(add(load(scores + s), least));
-        if (s + 16 > limit) {
-            store_part(scores + s, p, limit - s);
-            for (int i = limit; i < s + 16; i++) scores[i] = 0;
-            total = add(total, load(scores + s));
-        } else {
-            store(scores + s, p);
-            total = add(total, p);
-        }
+        store_part(scores + s, p, limit - s < 16 ? limit - s : 16);
+        for (int i = limit; i < s + 16; i++) scores[i] = 0;
+        total = add(total, load(scores + s));
     }
     const V inverse = set(1.0f / sum(total));
-    for (int s = 0; s < limit; s += 16) store(scores + s, mul(load(scores + s), inverse));
-    for (int s = padded(limit, 16); s < room; s++) scores[s] = 0;
-}
-
-// out[j] = sum over positions of probability times value, D sixteenths of the width at once.
-template <int N, int D>
-inline void weigh(const float* scores, int room, const uint16_t* values, int stride, int positions, float* const* out,
-                  int start, int width) {
-    V acc[N][D];
-    for (int j = 0; j < N; j++)
-        for (int d = 0; d < D; d++) acc[j][d] = set(0);
-    for (int s = 0; s < positions; s++) {
-        V value[D];
-        for (int d = 0; d < D; d++) value[d] = load_half(values + (size_t)s * stride + start + 16 * d);
-        for (int j = 0; j < N; j++) {
-            const V p = set(scores[(size_t)j * room + s]);
-            for (int d = 0; d < D; d++) acc[j][d] = fma(p, value[d], acc[j][d]);
-        }
+    for (int s = 0; s < limit; s += 16) {
+        const V p = mul(load(scores + s), inverse);
+        store(scores + s, factors ? mul(p, load_part(factors + s, limit - s < 16 ? limit - s : 16)) : p);
     }
-    for (int j = 0; j < N; j++)
-        for (int d = 0; d < D; d++) {
-            const int left = width - start - 16 * d;
-            float* to = out[j] + start + 16 * d;
-            D == 1 && left < 16 ? store_part(to, acc[j][d], left) : store(to, acc[j][d]);
-        }
-}
-
-template <int N>
-void attend_to(const Queries& q, int from, const uint16_t* keys, const uint16_t* values, int width, float* scores) {
-    int positions = 0;
-    for (int j = 0; j < N; j++) positions = q.limit[from + j] > positions ? q.limit[from + j] : positions;
-    const int room = padded(positions, 16), stride = padded(width, 16);
-    scores_of<N>(q.query + from, keys, width, room, scores);
-    for (int j = 0; j < N; j++) softmax(scores + (size_t)j * room, q.limit[from + j], room);
-    int d = 0;
-    for (; d + 32 <= width; d += 32) weigh<N, 2>(scores, room, values, stride, positions, q.out + from, d, width);
-    for (; d < stride; d += 16) weigh<N, 1>(scores, room, values, stride, positions, q.out + from, d, width);
-}
-
-void attend(const Queries& q, const uint16_t* keys, const uint16_t* values, int width, float* scores) {
-    int j = 0;
-    if (q.n == 8) attend_to<8>(q, 0, keys, values, width, scores), j = 8;
-    for (; j + 4 <= q.n; j += 4) attend_to<4>(q, j, keys, values, width, scores);
-    for (; j + 2 <= q.n; j += 2) attend_to<2>(q, j, keys, values, width, scores);
-    if (j < q.n) attend_to<1>(q, j, keys, values, width, scores);
+    for (int s = padded(limit, 16); s < room; s++) scores[s] = 0;
 }
 
 void row_of(const Matrix& m, int row, float* out) {
@@ -351,4 +331,4 @@ void row_of(const Matrix& m, int row, float* out) {
 #define TABLE_OF(name) kernels_##name
 #define TABLE(name) TABLE_OF(name)
 extern const Kernels TABLE(KERNELS);
-const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, gate, rotate, store_position, attend, row_of};
+const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, gate, rotate, store_position, softmax, row_of};

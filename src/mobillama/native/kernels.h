@@ -15,7 +15,6 @@
 
 constexpr int PANEL = 16;  // rows
 constexpr int BLOCK = 32;  // columns that share a scale
-constexpr int QUERIES = 8;  // rows of queries that attention takes at once
 
 // ggml's numbers of the types.
 enum Kind : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, BF16 = 30 };
@@ -43,15 +42,8 @@ struct Activations {
 struct Input {
     const float* floats;
     int stride;
-    const Activations* blocks;
+    Activations* blocks;
     int n;
-};
-
-struct Queries {
-    int n;  // at most QUERIES
-    const float* query[QUERIES];  // already scaled by 1 / sqrt(width)
-    float* out[QUERIES];
-    int limit[QUERIES];  // number of positions that each sees
 };
 
 struct Kernels {
@@ -66,9 +58,11 @@ struct Kernels {
     void (*gate)(float* gate, const float* up, int n);
     // Rotate the pairs (x[i], x[i + n/2]), then multiply with a scale.
     void (*rotate)(float* x, const float* cosine, const float* sine, int n, float scale);
-    // Keys lie as [position / 16][width][16], values as [position][padded width].
-    void (*store)(const float* key, const float* value, uint16_t* keys, uint16_t* values, int width, int position);
-    void (*attend)(const Queries&, const uint16_t* keys, const uint16_t* values, int width, float* scores);
+    // Put a key into row `position` of a matrix, F16 or Q8_0, and a value into that column of another. The value's scale is
+    // returned, which the column's codes lack.
+    float (*store)(const Matrix& keys, const Matrix& values, const float* key, const float* value, int position);
+    // Make the first `limit` scores probabilities, times `factors` if there are any, and zero those that follow up to `room`.
+    void (*softmax)(float* scores, int limit, int room, const float* factors);
     void (*row)(const Matrix&, int row, float* out);
 };
 

@@ -18,9 +18,11 @@ class Shape(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("vocabulary", "width", "inner", "layers", "heads", "key_heads")),
         ("head_width", ctypes.c_int32),
         ("context", ctypes.c_int32),
+        ("slots", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("theta", ctypes.c_float),
         ("exact", ctypes.c_int32),
+        ("cache", ctypes.c_int32),
     ]
 
 
@@ -33,6 +35,12 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Run(ctypes.Structure):
+    """``struct Run`` of model.cpp: tokens of one sequence in a pass."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("slot", "start", "tokens", "wanted")]
+
+
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS = {
     "kernels": (ctypes.c_char_p, []),
@@ -42,7 +50,8 @@ _FUNCTIONS = {
     "add_matrix": (_INT, [_POINTER, _INT, _INT, _INT, _POINTER]),
     "add_vector": (_INT, [_POINTER, _POINTER, _INT]),
     "prepare": (_INT, [_POINTER, ctypes.POINTER(Layer), _INT, _INT, _INT, _INT]),
-    "feed": (None, [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]),
+    "cache_bytes": (ctypes.c_size_t, [_POINTER]),
+    "feed": (None, [_POINTER, _POINTER, ctypes.POINTER(Run), _INT, _POINTER]),
     "multiply_only": (None, [_POINTER, _INT, _POINTER]),
 }
 

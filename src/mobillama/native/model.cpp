@@ -1,4 +1,7 @@
-// The decoder: one sequence, its keys and values, and the forward pass that all threads walk through together.
+// The decoder: sequences, their keys and values, and the forward pass that all threads walk through together.
+//
+// A pass takes tokens of any of the sequences, several of one or one of several: each matrix is multiplied with all of them
+// at once, and each looks at its own sequence's keys. One sequence is the batch of one.
 //
 // Every product is cut by rows, the same rows for the same thread at every layer. So the part of the shared feed-forward
 // network that a core multiplies with is the same at every layer and stays in its cache; only attention weights stream by.
@@ -30,6 +33,7 @@ extern const Kernels kernels_portable;
 
 namespace {
 
+constexpr int QUERIES = 8;  // heads and tokens whose attention is computed at once
 constexpr int CHUNK = 128;  // tokens taken in at once: their activations fit the second-level cache beside a panel
 
 // The sets that this processor can run, best first.
@@ -106,15 +110,21 @@ bool pack_panel(const Matrix& m, int panel, const uint8_t* file) {
 }
 
 struct Shape {
-    int32_t vocabulary, width, inner, layers, heads, key_heads, head_width, context;
+    int32_t vocabulary, width, inner, layers, heads, key_heads, head_width, context, slots;
     float eps, theta;
     int32_t exact;  // activations as floats
+    int32_t cache;  // kind of keys and values: F16, or Q8_0 where head_width is a whole number of blocks
 };
 
 // The weights that a layer uses, as indices: matrices q, k, v, o, gate, up, down; norms before attention and network, of
 // queries and keys (-1: none).
 struct Layer {
     int32_t q, k, v, o, gate, up, down, attention_norm, ffn_norm, query_norm, key_norm;
+};
+
+// Tokens of one sequence that stand side by side in a pass and follow the `start` tokens that its slot holds.
+struct Run {
+    int32_t slot, start, tokens, wanted;  // wanted: of how many of its last tokens logits are asked for
 };
 
 struct Range {
@@ -157,8 +167,13 @@ public:
     bool prepare() {
         const size_t blocks = (size_t)std::max({shape.width, shape.inner, queries}) / BLOCK + 1;
         qkv_width = queries + 2 * keys;
-        room = padded(shape.context, 16);
-        value_width = padded(shape.head_width, 16);
+        const Kind kind = (Kind)shape.cache;
+        room = padded(shape.context, 2 * BLOCK);
+        key_panel = panel_bytes(kind, shape.head_width);
+        value_panel = panel_bytes(kind, room);
+        values_at = room / PANEL * key_panel;
+        scales_at = values_at + padded(shape.head_width, PANEL) / PANEL * value_panel;
+        head_bytes = scales_at + (kind == Q8_0 ? room * sizeof(float) : 0);
         x = allocate_floats((size_t)CHUNK * shape.width);
         normed = allocate_floats((size_t)CHUNK * shape.width);
         qkv = allocate_floats((size_t)CHUNK * qkv_width);
@@ -168,16 +183,17 @@ public:
         sine = allocate_floats((size_t)shape.context * shape.head_width / 2);
         shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
-        key_cache = (uint16_t*)allocate((size_t)shape.layers * shape.key_heads * room * shape.head_width * 2);
-        value_cache = (uint16_t*)allocate((size_t)shape.layers * shape.key_heads * room * value_width * 2);
-        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && key_cache && value_cache;
+        cache = (uint8_t*)allocate(cache_bytes());
+        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && cache;
         for (int t = 0; t < pool.size(); t++) {
             own.push_back({});
             own[t].scores = allocate_floats((size_t)QUERIES * room);
             own[t].pair = allocate_floats((size_t)2 * CHUNK * BLOCK);
             own[t].normed = allocate_floats(std::max(shape.width, queries));
             own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
-            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks;
+            own[t].heads = allocate_floats((size_t)2 * QUERIES * padded(shape.head_width, PANEL));
+            own[t].head_blocks = (Activations*)allocate((size_t)QUERIES * room / BLOCK * sizeof(Activations));
+            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads && own[t].head_blocks;
         }
         if (!complete) return false;
         const int half = shape.head_width / 2;
@@ -191,9 +207,22 @@ public:
         return true;
     }
 
-    // Take in n <= CHUNK tokens from position `start`. Logits of the last, or of each.
-    void feed(const int32_t* ids, int n, int start, float* logits, bool each) {
-        pool.run([&](int t) { forward(t, ids, n, start, logits, each); });
+    // Keys and values of all slots.
+    size_t cache_bytes() const { return head_bytes * shape.slots * shape.layers * shape.key_heads; }
+
+    // Take in at most CHUNK tokens, run after run; write the logits that are wanted, in the order of the tokens.
+    void feed(const int32_t* ids, const Run* runs, int count, float* logits) {
+        places.clear();
+        tiles.clear();
+        wanted.clear();
+        for (const Run* run = runs; run < runs + count; run++) {
+            const int first = (int)places.size(), rows = run->tokens * group;
+            for (int i = 0; i < run->tokens; i++) places.push_back({run->slot, run->start + i});
+            for (int row = 0; row < rows; row += QUERIES)
+                tiles.push_back({first * group + row, std::min(QUERIES, rows - row)});
+            for (int i = run->tokens - run->wanted; i < run->tokens; i++) wanted.push_back(first + i);
+        }
+        pool.run([&](int t) { forward(t, ids, logits); });
     }
 
     // Only the products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at
@@ -211,9 +240,19 @@ public:
     int embedding = -1, head = -1, final_norm = -1;
 
 private:
+    struct Place {  // of a token of the pass
+        int slot, position;
+    };
+    struct Tile {  // queries of one sequence that look at the same keys; row r is head r % group of the group, token r / group
+        int first, n;
+    };
     struct Own {  // of a thread
-        float *scores, *pair, *normed;
-        Activations* blocks;
+        float *scores, *pair, *normed, *heads;
+        Activations *blocks, *head_blocks;
+    };
+    struct Cache {  // of a sequence's layer and head: a key is a row, a value is a column
+        Matrix keys, values;
+        float* scales;  // of values, where they are codes
     };
 
     void* allocate(size_t bytes) {
@@ -242,19 +281,20 @@ private:
         return {(int)((int64_t)n * t / pool.size()), (int)((int64_t)n * (t + 1) / pool.size())};
     }
 
-    void forward(int t, const int32_t* ids, int n, int start, float* logits, bool each) {
+    void forward(int t, const int32_t* ids, float* logits) {
+        const int n = (int)places.size();
         for (int c = t; c < n; c += pool.size()) kernels.row(matrices[embedding], ids[c], x + (size_t)c * shape.width);
         pool.barrier();
         for (int l = 0; l < shape.layers; l++) {
             const Layer& layer = layers[l];
-            Input in = normalised(t, x, shape.width, n, &vectors[layer.attention_norm]);
+            const Input in = normalised(t, x, shape.width, n, &vectors[layer.attention_norm]);
             multiply(t, matrices[layer.q], in, qkv, qkv_width, false);
             multiply(t, matrices[layer.k], in, qkv + queries, qkv_width, false);
             multiply(t, matrices[layer.v], in, qkv + queries + keys, qkv_width, false);
             pool.barrier();
-            place(t, layer, l, n, start);
+            place(t, layer, l);
             pool.barrier();
-            attend(t, l, n, start);
+            attend(t, l);
             pool.barrier();
             multiply(t, matrices[layer.o], normalised(t, mixed, queries, n, nullptr), x, shape.width, true);
             pool.barrier();
@@ -265,8 +305,8 @@ private:
                      shape.width, true);
             pool.barrier();
         }
-        const int from = each ? 0 : n - 1;
-        const Input in = normalised(t, x + (size_t)from * shape.width, shape.width, n - from, &vectors[final_norm]);
+        if (wanted.empty()) return;
+        const Input in = normalised(t, x, shape.width, (int)wanted.size(), &vectors[final_norm], wanted.data());
         multiply(t, matrices[head], in, logits, shape.vocabulary, false);
     }
 
@@ -283,14 +323,14 @@ private:
         multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n}, out, m.rows, false);
     }
 
-    // n vectors, normalised if a norm is given, as floats and as blocks. Of one vector each thread makes its own, which
-    // takes less time than waiting for another's.
-    Input normalised(int t, const float* from, int width, int n, const std::vector<float>* norm) {
+    // n vectors, normalised if a norm is given, as floats and as blocks; `rows`: which ones, if not the first. Of one
+    // vector each thread makes its own, which takes less time than waiting for another's.
+    Input normalised(int t, const float* from, int width, int n, const std::vector<float>* norm, const int* rows = nullptr) {
         const bool alone = n == 1;
         float* to = alone ? own[t].normed : normed;
         Activations* blocks = alone ? own[t].blocks : shared;
         for (int c = alone ? 0 : t; c < n; c += alone ? 1 : pool.size()) {
-            const float* vector = from + (size_t)c * width;
+            const float* vector = from + (size_t)(rows ? rows[c] : c) * width;
             if (norm) {
                 kernels.normalise(vector, norm->data(), shape.eps, width, to + (size_t)c * width);
                 vector = to + (size_t)c * width;
@@ -302,10 +342,10 @@ private:
     }
 
     // Normalise and rotate queries and keys; put keys and values into the cache.
-    void place(int t, const Layer& layer, int l, int n, int start) {
+    void place(int t, const Layer& layer, int l) {
         const int d = shape.head_width, heads = shape.heads + shape.key_heads;
-        for (int task = t; task < n * heads; task += pool.size()) {
-            const int c = task / heads, h = task % heads, position = start + c;
+        for (int task = t; task < (int)places.size() * heads; task += pool.size()) {
+            const int c = task / heads, h = task % heads, position = places[c].position;
             const bool query = h < shape.heads;
             float* head = qkv + (size_t)c * qkv_width + h * d;  // keys follow queries
             const int norm = query ? layer.query_norm : layer.key_norm;
@@ -313,26 +353,42 @@ private:
             kernels.rotate(head, cosine + (size_t)position * d / 2, sine + (size_t)position * d / 2, d,
                            query ? 1.0f / std::sqrt((float)d) : 1.0f);
             if (!query) {
-                const int its = h - shape.heads;
-                kernels.store(head, head + keys, keys_of(l, its), values_of(l, its), d, position);
+                const Cache its = cache_of(places[c].slot, l, h - shape.heads, position + 1);
+                const float scale = kernels.store(its.keys, its.values, head, head + keys, position);
+                if (its.scales) its.scales[position] = scale;
             }
         }
     }
 
-    void attend(int t, int l, int n, int start) {
-        const int rows = n * group, tiles = (rows + QUERIES - 1) / QUERIES, d = shape.head_width;
-        for (int task = t; task < shape.key_heads * tiles; task += pool.size()) {
-            const int key_head = task / tiles, first = task % tiles * QUERIES;
-            Queries q;
-            q.n = std::min(QUERIES, rows - first);
-            for (int j = 0; j < q.n; j++) {
-                const int c = (first + j) / group, h = key_head * group + (first + j) % group;
-                q.query[j] = qkv + (size_t)c * qkv_width + h * d;
-                q.out[j] = mixed + (size_t)c * queries + h * d;
-                q.limit[j] = start + c + 1;
-            }
-            kernels.attend(q, keys_of(l, key_head), values_of(l, key_head), d, own[t].scores);
+    // Two products, with all keys and with all values, and what makes probabilities of the first one's sums.
+    void attend(int t, int l) {
+        const int d = shape.head_width;
+        const Own& mine = own[t];
+        for (int task = t; task < (int)tiles.size() * shape.key_heads; task += pool.size()) {
+            const int key_head = task % shape.key_heads, first = tiles[task / shape.key_heads].first;
+            const int n = tiles[task / shape.key_heads].n, positions = places[(first + n - 1) / group].position + 1;
+            const auto row_of = [&](int j, float* base, int stride) {
+                return base + (size_t)((first + j) / group) * stride + (key_head * group + (first + j) % group) * d;
+            };
+            float *its_queries = mine.heads, *sums = mine.heads + QUERIES * d;
+            for (int j = 0; j < n; j++) memcpy(its_queries + j * d, row_of(j, qkv, qkv_width), d * sizeof(float));
+            const Cache its = cache_of(places[first / group].slot, l, key_head, positions);
+            const int seen = its.values.columns;
+            multiply_rows(its.keys, {its_queries, d, mine.head_blocks, n}, mine.scores, seen);
+            for (int j = 0; j < n; j++)
+                kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, its.scales);
+            multiply_rows(its.values, {mine.scores, seen, mine.head_blocks, n}, sums, d);
+            for (int j = 0; j < n; j++) memcpy(row_of(j, mixed, queries), sums + j * d, d * sizeof(float));
         }
+    }
+
+    // All of a thread's own product; where it takes blocks, they are made.
+    void multiply_rows(const Matrix& m, Input in, float* out, int stride) {
+        if (takes_blocks(m))
+            for (int v = 0; v < in.n; v++) kernels.quantize(in.floats + (size_t)v * in.stride, m.columns, in.blocks + v, in.n);
+        else
+            in.blocks = nullptr;
+        kernels.multiply(m, 0, m.panels(), in, out, stride, false);
     }
 
     // The network's inner activations: two panels of gate and up at a time make one block for the product with down.
@@ -363,27 +419,33 @@ private:
         kernels.multiply(m, first, last, its, out, BLOCK, false);
     }
 
-    uint16_t* keys_of(int l, int h) const {
-        return key_cache + (size_t)(l * shape.key_heads + h) * room * shape.head_width;
-    }
-    uint16_t* values_of(int l, int h) const {
-        return value_cache + (size_t)(l * shape.key_heads + h) * room * value_width;
+    // What the first `positions` of a sequence left at a layer's head.
+    Cache cache_of(int slot, int l, int h, int positions) const {
+        const Kind kind = (Kind)shape.cache;
+        uint8_t* start = cache + (((size_t)slot * shape.layers + l) * shape.key_heads + h) * head_bytes;
+        return {{kind, padded(positions, PANEL), shape.head_width, start, key_panel},
+                {kind, shape.head_width, padded(positions, BLOCK), start + values_at, value_panel},
+                kind == Q8_0 ? (float*)(start + scales_at) : nullptr};
     }
 
     const Shape shape;
     const Kernels& kernels;
     Pool pool;
     const int queries, keys, group;
-    int qkv_width = 0, room = 0, value_width = 0;
+    int qkv_width = 0, room = 0;
+    size_t key_panel = 0, value_panel = 0, values_at = 0, scales_at = 0, head_bytes = 0;
     std::vector<Matrix> matrices;
     uint8_t* free_weights = nullptr;
     size_t free_bytes = 0;
     std::vector<std::vector<float>> vectors;
     std::vector<std::pair<void*, size_t>> regions;
     std::vector<Own> own;
+    std::vector<Place> places;  // of the pass at hand
+    std::vector<Tile> tiles;
+    std::vector<int> wanted;
     float *x, *normed, *qkv, *mixed, *gated, *cosine, *sine;
     Activations *shared, *inner;
-    uint16_t *key_cache, *value_cache;
+    uint8_t* cache = nullptr;
 };
 
 }  // namespace
@@ -421,10 +483,12 @@ API int mobillama_prepare(Model* model, const Layer* layers, int n, int embeddin
     return model->prepare();
 }
 
+API size_t mobillama_cache_bytes(const Model* model) { return model->cache_bytes(); }
+
 API int mobillama_chunk() { return CHUNK; }
 
-API void mobillama_feed(Model* model, const int32_t* ids, int n, int start, float* logits, int each) {
-    model->feed(ids, n, start, logits, each != 0);
+API void mobillama_feed(Model* model, const int32_t* ids, const Run* runs, int count, float* logits) {
+    model->feed(ids, runs, count, logits);
 }
 
 API void mobillama_multiply_only(Model* model, int n, float* out) { model->multiply_only(n, out); }

@@ -59,16 +59,24 @@ class Conversation:
         max_tokens: longest answer.
         seed: of the draws.
         system: what the model is told first; empty: what the template says by itself.
+        lookup: tokens guessed at a time: see :func:`mobillama.engine.stream.stream_tokens`.
 
     Raises:
         UsageError: the template is none, or breaks a limit.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_tokens: int, seed: int, system: str = ""
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        max_tokens: int,
+        seed: int,
+        system: str = "",
+        lookup: int = 0,
     ) -> None:
         self._session, self._tokenizer, self._turns = Session(engine), tokenizer, turns_of(tokenizer)
-        self._sampling, self._max_tokens = sampling, max_tokens
+        self._sampling, self._max_tokens, self._lookup = sampling, max_tokens, lookup
         self._random = np.random.default_rng(seed)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
@@ -139,7 +147,9 @@ class Conversation:
     def _tokens(self, ids: list[int], started: float) -> Iterator[int]:
         stop_ids = self._turns.stop_ids
         try:
-            for token in stream_tokens(self._session, ids, stop_ids, self._sampling, self._max_tokens, self._random):
+            for token in stream_tokens(
+                self._session, ids, stop_ids, self._sampling, self._max_tokens, self._random, self._lookup
+            ):
                 self.last.tokens += 1
                 if self.last.tokens == 1:
                     self.last.first_seconds = time.perf_counter() - started

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 
@@ -123,3 +125,12 @@ def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(tokenizer_path):
     lines = iter(["hello", "/exit"])
     chat(conversation, lambda: next(lines), write, lambda text: None)
     assert conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces[:2])}
+
+
+def test_the_verb_talks_in_a_terminal(chat_model):
+    command = [sys.executable, "-m", "mobillama", "chat", chat_model, "--temperature", "0", "--max-tokens", "6"]
+    done = subprocess.run(command, input="hello\n/stats\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "6 tokens" in done.stdout and "of 4096 tokens" in done.stdout
+    assert "pre-trained only" not in done.stdout and done.stderr == ""
+    refused = subprocess.run([*command, "--min-p", "2"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "min-p: 2.0 is not from 0 to 1" in refused.stderr

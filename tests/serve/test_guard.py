@@ -170,8 +170,9 @@ def test_metrics_do_not_grow_with_paths_that_lead_nowhere():
     with guarded() as port:
         for number in range(5):
             ask(port, f"/scan/{number}")
+            ask(port, f"/scan/{number}", Host="evil.example")
         text = ask(port, "/metrics")[2].decode()
-    assert 'path="other",status="404"} 5' in text and "/scan" not in text
+    assert 'path="other",status="404"} 5' in text and 'path="other",status="421"} 5' in text and "/scan" not in text
     assert metrics.text(0, 0).count("# TYPE") == 10
 
 

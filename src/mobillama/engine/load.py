@@ -152,6 +152,8 @@ def open_batch_engine(
     """
     chosen = engine_for(path, engine, device)
     if chosen not in (NATIVE, TORCH):
+        if context_length:
+            raise UsageError(f"--context: {chosen} holds as many tokens as it was exported for; leave it out")
         return OneSlot(open_engine(path, engine, threads, device))
     check_threads(threads)
     if chosen == NATIVE:

@@ -45,7 +45,7 @@ class Sampling:
             raise UsageError(f"repetition-penalty: {self.repetition_penalty} is not above 0 and at most {_MOST:g}")
 
 
-_MOST = 100.0
+_MOST, _LEAST = 100.0, 1e-30
 
 
 def sample(
@@ -63,29 +63,27 @@ def sample(
         logits_v = _penalised(logits_v, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return int(logits_v.argmax())
-    scaled = logits_v.astype(np.float64)
-    scaled -= scaled.max()  # before the division, which a tiny temperature makes infinite
-    scaled /= sampling.temperature
-    ids = np.arange(len(scaled))
-    if 0 < sampling.top_k < len(scaled):
-        ids = np.flatnonzero(scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k])
-        ids = ids[np.argsort(-scaled[ids], kind="stable")[: sampling.top_k]]
-    weights = np.exp(scaled[ids])
-    total = weights.sum()
+    # Before the division, which a tiny temperature makes infinite.
+    weights = (logits_v - logits_v.max()) / np.float32(max(sampling.temperature, _LEAST))
+    np.exp(weights, out=weights)
+    ids = None  # all
+    if 0 < sampling.top_k < len(weights):
+        ids = np.flatnonzero(weights >= np.partition(weights, -sampling.top_k)[-sampling.top_k])
+        ids = ids[np.argsort(-logits_v[ids], kind="stable")[: sampling.top_k]]
+        weights = weights[ids]
     if sampling.top_p < 1:
+        total = weights.sum(dtype=np.float64)
         # All tokens below this share have 1 - top_p together at most, so the nucleus is among the others: few are sorted.
-        likely = weights * len(ids) >= (1 - sampling.top_p) * total
-        ids, weights = ids[likely], weights[likely]
-        ranked = np.argsort(-weights, kind="stable")
-        ids, weights = ids[ranked], weights[ranked]
-        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p * total)) + 1
-        ids, weights = ids[:kept], weights[:kept]
+        likely = np.flatnonzero(weights >= (1 - sampling.top_p) * total / len(weights))
+        ranked = likely[np.argsort(-weights[likely], kind="stable")]
+        kept = int(np.searchsorted(np.cumsum(weights[ranked], dtype=np.float64), sampling.top_p * total)) + 1
+        ids, weights = ranked[:kept] if ids is None else ids[ranked[:kept]], weights[ranked[:kept]]
     if sampling.min_p > 0:
-        likely = weights >= sampling.min_p * weights.max()
-        ids, weights = ids[likely], weights[likely]
-    cumulative = np.cumsum(weights)
-    drawn = random.random() * cumulative[-1]
-    return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
+        likely = np.flatnonzero(weights >= sampling.min_p)  # the likeliest token's weight is 1
+        ids, weights = likely if ids is None else ids[likely], weights[likely]
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    place = min(int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")), len(weights) - 1)
+    return place if ids is None else int(ids[place])
 
 
 def _penalised(logits_v: NDArray[np.float32], penalty: float, seen: Sequence[int]) -> NDArray[np.float32]:

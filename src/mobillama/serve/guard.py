@@ -20,6 +20,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEAD_SECONDS = 10.0  # for a connection to send the head of a request
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/run", "/")
 OPEN_PATHS = ("/", "/health", "/page.css", "/page.js")  # answered without a token: they tell nothing of the model
 _HEADERS = {
     "Content-Security-Policy": (
@@ -72,8 +73,8 @@ class Guard:
                 has = {name.lower() for name, _ in given}
                 own = ((name.lower().encode(), value.encode("latin-1")) for name, value in added.items())
                 message["headers"] = given + [(name, value) for name, value in own if name not in has]
-                # Of paths that lead nowhere one count is kept, or a scan would make the metrics grow without end.
-                path = "other" if message["status"] in (404, 405) else scope["path"]
+                # Of all other paths one count is kept, or a scan would make the metrics grow without end.
+                path = scope["path"] if scope["path"] in PATHS else "other"
                 self._metrics.requests[path, message["status"]] += 1
             await send(message)
 

@@ -75,7 +75,8 @@ def serve(
             state.scheduler = Scheduler(served.engine, served.tokenizer, queue, state.metrics)
             state.scheduler.start()
             state.served = served
-            say(f"{served.name} is ready: {served.engine.name}, {served.engine.slots} requests at once")
+            at_once = f"{served.engine.slots} requests at once" if served.engine.slots > 1 else "one request at a time"
+            say(f"{served.name} is ready: {served.engine.name}, {at_once}")
         except Exception as error:  # told after the server has stopped
             failure.append(error)
             server.should_exit = True

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -276,6 +278,22 @@ def test_other_conversations_or_other_weights_cannot_take_over_a_run(sft_file, c
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_data_set_in_the_hubs_layout_is_learned_from_like_a_file(sft_file, chat_files, tmp_path):
+    folder = tmp_path / "owner" / "chats"
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (chat_files / "sharegpt.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    options = ["--train.steps", "2", "--sources"]
+    sft(recipe_of(sft_file, *options, f"{{x: {{path: {folder}}}}}"), Silent())
+    (of_set,) = ChatData(tmp_path / "run" / "data").manifest["inputs"]["sources"]
+    assert of_set["files"].keys() == {"train.parquet"}
+    of_file = recipe_of(
+        sft_file, *options, f"{{x: {{path: {chat_files / 'sharegpt.jsonl'}}}}}", "--run", str(tmp_path / "file")
+    )
+    sft(of_file, Silent())
+    assert ChatData(tmp_path / "run" / "data").root == ChatData(tmp_path / "file" / "data").root
+
+
 def test_damaged_conversations_are_caught_before_they_are_used(sft_file, tmp_path):
     with pytest.raises(Stopped):
         sft(recipe_of(sft_file), StopAt(3))
@@ -296,6 +314,7 @@ def test_what_does_not_fit_is_refused(sft_file):
             r"train\.fused: True is not false",
         ),
         (["--template", "none.jinja"], r"template: none\.jinja cannot be read"),
+        (["--init_from", __file__], r"init_from: .*test_sft\.py is a file; .* mobillama import"),
         (["--holdout", "1"], r"holdout: 1.0 is not a share"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -72,6 +72,10 @@ class Tuning:
         check_shares(recipe, world)
         if recipe.lora.rank:
             import peft  # noqa: F401 before any work is done
+        if self._start.is_file():
+            raise UsageError(
+                f"init_from: {self._start} is a file; make a model directory of it: mobillama import {self._start} DIRECTORY"
+            )
         shape = read_config(self._start)
         length = (recipe.context or shape.max_position_embeddings) + 1
         if length - 1 > shape.max_position_embeddings:

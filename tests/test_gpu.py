@@ -221,3 +221,14 @@ def test_decoding_by_cuda_graphs_is_the_models_own(compile):
     assert np.abs(engine.feed([ids[300]]) - expected[300]).max() < 0.05 * np.abs(expected[300]).max()
     with pytest.raises(ValueError, match="600 tokens cannot hold"):
         engine.feed(ids[:300])
+
+
+def test_sequences_decoded_together_are_those_decoded_alone():
+    from mobillama.engine.torch_batch import TorchBatchEngine
+    from mobillama.engine.torch_engine import TorchEngine
+
+    model = built().eval().cuda()
+    together, alone = TorchBatchEngine(model, 3), [TorchEngine(model) for _ in range(3)]
+    for work in ([(0, [5, 6, 7]), (2, [9])], [(2, [4]), (0, [8]), (1, [1, 2])], [(1, [3]), (0, [2]), (2, [1])]):
+        for row, (slot, ids) in zip(together.feed(work), work, strict=True):
+            np.testing.assert_allclose(row, alone[slot].feed(ids), atol=1e-4, rtol=1e-4)

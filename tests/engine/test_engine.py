@@ -95,7 +95,7 @@ def test_greedy_stream_is_the_models_own_continuation_and_stops_at_each_limit(di
 
     def greedy(max_tokens: int, eos_id: int) -> list[int]:
         return list(
-            stream_tokens(Session(engine), [5, 6, 7], eos_id, Sampling(0), max_tokens, np.random.default_rng(0))
+            stream_tokens(Session(engine), [5, 6, 7], {eos_id}, Sampling(0), max_tokens, np.random.default_rng(0))
         )
 
     assert greedy(10, eos_id=-1) == ids[3:]
@@ -147,6 +147,25 @@ def test_sampling_draws_by_probability_within_top_k_and_top_p():
     np.testing.assert_allclose(frequencies(temperature=0.5, top_p=1), squared / squared.sum(), atol=0.03)
     assert frequencies(temperature=0)[0] == 1
     assert frequencies(temperature=1, top_p=0.01)[0] == 1
+
+
+def test_min_p_keeps_what_is_likely_enough_and_the_penalty_makes_the_seen_rarer():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    random = np.random.default_rng(0)
+    assert {sample(logits, Sampling(1, 0, 1, min_p=0.4), random) for _ in range(200)} == {0, 1}
+    assert {sample(logits, Sampling(1, 0, 1, min_p=1), random) for _ in range(20)} == {0}
+    signed = np.array([2.0, 1.5, -0.1, -3.0], np.float32)
+    assert sample(signed, Sampling(0, repetition_penalty=1.2), random, [0, 0, 3]) == 0  # 2 / 1.2 is above 1.5
+    assert sample(signed, Sampling(0, repetition_penalty=1.4), random, [0]) == 1
+    assert sample(-signed - 4, Sampling(0, repetition_penalty=9), random, [3]) == 2  # negative ones are multiplied
+    assert sample(signed, Sampling(1e-30, 0, 1), random) == 0
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_sampling_that_is_no_number_is_refused(field):
+    for value in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(UsageError, match=field.replace("_", "-")):
+            Sampling(**{field: value})
 
 
 def test_impossible_sampling_and_directories_are_named(directory, tmp_path):

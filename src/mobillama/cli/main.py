@@ -26,9 +26,11 @@ EXTRA_OF_PACKAGE = {
     "ray": "ray",
     "safetensors": "train",
     "sentencepiece": "data",
+    "starlette": "serve",
     "tantivy": "data",
     "torch": "train",
     "transformers": "hf",
+    "uvicorn": "serve",
     "zstandard": "data",
 }
 

@@ -333,6 +333,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C in the terminal is not meant for it
         )
         weakref.finalize(self, _end, process)
         return process

@@ -86,15 +86,60 @@ class BatchEngine(Protocol):
         ...
 
 
+class OneSlot:
+    """An engine of one sequence as an engine of one slot."""
+
+    slots = 1
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.context_length, self.vocab_size = engine.name, engine.context_length, engine.vocab_size
+        self.memory = engine.memory
+
+    def length(self, slot: int) -> int:
+        """Return the number of tokens taken in."""
+        return self._engine.length
+
+    def feed(self, work: Sequence[tuple[int, Sequence[int]]]) -> NDArray[np.float32]:
+        """Take in tokens; return the logits (1, vocabulary) that follow.
+
+        Raises:
+            ValueError: see :meth:`BatchEngine.feed`.
+        """
+        check_work(work, self)
+        return self._engine.feed(work[0][1])[None]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all tokens from position ``length`` on."""
+        self._engine.truncate(length)
+
+
 def check_tokens(ids: Sequence[int], engine: Engine) -> None:
     """Refuse what an engine cannot take in.
 
     Raises:
         ValueError: see :meth:`Engine.feed`.
     """
+    _check_ids(ids, engine.length, engine.context_length, engine.vocab_size)
+
+
+def check_work(work: Sequence[tuple[int, Sequence[int]]], engine: BatchEngine) -> None:
+    """Refuse what an engine of several slots cannot take in.
+
+    Raises:
+        ValueError: see :meth:`BatchEngine.feed`.
+    """
+    slots = [slot for slot, _ in work]
+    if not work or len(set(slots)) < len(slots) or not all(0 <= slot < engine.slots for slot in slots):
+        raise ValueError(f"an engine of {engine.slots} slots is fed some of them, each once, not {slots}")
+    for slot, ids in work:
+        _check_ids(ids, engine.length(slot), engine.context_length, engine.vocab_size)
+
+
+def _check_ids(ids: Sequence[int], held: int, context_length: int, vocab_size: int) -> None:
     if not ids:
         raise ValueError("an engine is fed at least one token")
-    if engine.length + len(ids) > engine.context_length:
-        raise ValueError(f"a context of {engine.context_length} tokens cannot hold {engine.length + len(ids)}")
-    if not (min(ids) >= 0 and max(ids) < engine.vocab_size):
-        raise ValueError(f"the model knows the ids 0…{engine.vocab_size - 1}, not {min(ids)}…{max(ids)}")
+    if held + len(ids) > context_length:
+        raise ValueError(f"a context of {context_length} tokens cannot hold {held + len(ids)}")
+    if not (min(ids) >= 0 and max(ids) < vocab_size):
+        raise ValueError(f"the model knows the ids 0…{vocab_size - 1}, not {min(ids)}…{max(ids)}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
-from mobillama.engine.interface import Engine
+from mobillama.engine.interface import BatchEngine, Engine, OneSlot
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
+
+if TYPE_CHECKING:
+    from mobillama.model.transformer import MobiLlama
 
 GRAPH_FILE = "model.onnx"
 
@@ -88,13 +92,55 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         CorruptDataError: it is damaged.
     """
     opened = open_engine(path, engine, threads, device)
+    return opened, _matching_tokenizer(path, opened.vocab_size)
+
+
+def load_batch_engine(
+    path: Path, slots: int, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> tuple[BatchEngine, Tokenizer]:
+    """Return an engine of several slots and the tokenizer of a model.
+
+    Args:
+        path: see :func:`load_engine`, as the others.
+        slots: sequences decoded together; engines that decode one sequence have one.
+        engine: auto: torch, where it can open ``path``.
+        threads: to compute with.
+        device: to compute on.
+        context_length: tokens that a slot holds; 0: what the model was made for.
+
+    Raises:
+        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for, or not torch's to set.
+        CorruptDataError: it is damaged.
+    """
+    able = engines_for(path)
+    if (TORCH if engine == "auto" and TORCH in able else engine) != TORCH:
+        if context_length:
+            raise UsageError("--context: slots of another length are torch's; leave it out")
+        opened: BatchEngine = OneSlot(open_engine(path, engine, threads, device))
+    else:
+        check_threads(threads)
+        opened = _open_torch_batch(path, slots, threads, device, context_length)
+    return opened, _matching_tokenizer(path, opened.vocab_size)
+
+
+def _open_torch_batch(path: Path, slots: int, threads: int, device: str, context_length: int) -> BatchEngine:
+    from mobillama.engine.torch_batch import TorchBatchEngine
+
+    model = _torch_model(path, threads, device)
+    most = model.model.shape.max_position_embeddings
+    if context_length > most:
+        raise UsageError(f"--context: {context_length} tokens; {path} was made for at most {most}")
+    return TorchBatchEngine(model, slots, context_length or most)
+
+
+def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tokenizer = _tokenizer_of(path)
-    if tokenizer.vocab_size != opened.vocab_size:
+    if tokenizer.vocab_size != vocab_size:
         raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {opened.vocab_size}; "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
             "put the model's own tokenizer beside it"
         )
-    return opened, tokenizer
+    return tokenizer
 
 
 def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> Engine:
@@ -111,18 +157,24 @@ def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         from mobillama.engine.native_engine import NativeEngine
 
         return NativeEngine.load(path, threads)
-    import torch
-
     from mobillama.engine.torch_engine import TorchEngine
+
+    return TorchEngine(_torch_model(path, threads, device))
+
+
+def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:
+    import torch
 
     if threads:
         torch.set_num_threads(threads)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if path.is_dir():
-        return TorchEngine.from_directory(path, chosen)
+        from mobillama.directory import load_model
+
+        return load_model(path, device=chosen)
     from mobillama.engine.torch_gguf import load_gguf
 
-    return TorchEngine(load_gguf(path)[0].to(chosen))
+    return load_gguf(path)[0].to(chosen)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer:

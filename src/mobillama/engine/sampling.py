@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,32 +21,80 @@ class Sampling:
     """Draw among the k likeliest tokens; 0: all."""
     top_p: float = 0.95
     """Draw among the fewest tokens that hold this share of the probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); 0: all."""
+    repetition_penalty: float = 1.0
+    """Divide the positive logits, and multiply the negative ones, of tokens seen before (Keskar et al. 2019,
+    arXiv:1909.05858, section 4.1); 1: leave them."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature: {self.temperature} is negative; 0 takes the likeliest token")
+        """Refuse what is out of range; each condition is false for NaN too.
+
+        Raises:
+            UsageError: naming the field.
+        """
+        if not 0 <= self.temperature <= _MOST:
+            raise UsageError(f"temperature: {self.temperature} is not from 0 to {_MOST:g}; 0 takes the likeliest token")
         if self.top_k < 0:
             raise UsageError(f"top-k: {self.top_k} is negative; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p: {self.top_p} is not above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p: {self.min_p} is not from 0 to 1")
+        if not 0 < self.repetition_penalty <= _MOST:
+            raise UsageError(f"repetition-penalty: {self.repetition_penalty} is not above 0 and at most {_MOST:g}")
 
 
-def sample(logits_v: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    """Return the id of the next token: temperature first, then top-k, then top-p of what is left."""
+_MOST, _LEAST = 100.0, 1e-30
+
+
+def sample(
+    logits_v: NDArray[np.float32], sampling: Sampling, random: np.random.Generator, seen: Sequence[int] = ()
+) -> int:
+    """Return the id of the next token: penalty, temperature, top-k, top-p of what is left, then min-p.
+
+    Args:
+        logits_v: (vocabulary,).
+        sampling: how to draw.
+        random: what to draw with; untouched at temperature 0.
+        seen: the prompt's and the answer's tokens so far, for the penalty.
+    """
+    if sampling.repetition_penalty != 1 and len(seen):
+        logits_v = _penalised(logits_v, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return int(logits_v.argmax())
-    scaled = logits_v.astype(np.float64) / sampling.temperature
-    ids = np.arange(len(scaled))
-    if 0 < sampling.top_k < len(scaled):
-        ids = np.flatnonzero(scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k])
-        ids = ids[np.argsort(-scaled[ids], kind="stable")[: sampling.top_k]]
-    weights = np.exp(scaled[ids] - scaled[ids].max())
-    total = weights.sum()
-    # All tokens below this share have 1 - top_p together at most, so the nucleus is among the others: few are sorted.
-    likely = weights * len(ids) >= (1 - sampling.top_p) * total
-    ids, weights = ids[likely], weights[likely]
-    ranked = np.argsort(-weights, kind="stable")
-    cumulative = np.cumsum(weights[ranked]) / total
-    kept = min(int(np.searchsorted(cumulative, sampling.top_p)) + 1, len(ranked))
-    drawn = random.random() * cumulative[kept - 1]
-    return int(ids[ranked[min(int(np.searchsorted(cumulative, drawn, side="right")), kept - 1)]])
+    # Before the division, which a tiny temperature makes infinite.
+    weights = (logits_v - logits_v.max()) / np.float32(max(sampling.temperature, _LEAST))
+    np.exp(weights, out=weights)
+    ids = None  # all
+    if 0 < sampling.top_k < len(weights):
+        ids = np.flatnonzero(weights >= np.partition(weights, -sampling.top_k)[-sampling.top_k])
+        ids = ids[np.argsort(-logits_v[ids], kind="stable")[: sampling.top_k]]
+        weights = weights[ids]
+    if sampling.top_p < 1:
+        total = weights.sum(dtype=np.float64)
+        # All tokens below this share have 1 - top_p together at most, so the nucleus is among the others: few are sorted.
+        likely = np.flatnonzero(weights >= (1 - sampling.top_p) * total / len(weights))
+        ranked = likely[np.argsort(-weights[likely], kind="stable")]
+        kept = int(np.searchsorted(np.cumsum(weights[ranked], dtype=np.float64), sampling.top_p * total)) + 1
+        ids, weights = ranked[:kept] if ids is None else ids[ranked[:kept]], weights[ranked[:kept]]
+    if sampling.min_p > 0:
+        likely = np.flatnonzero(weights >= sampling.min_p)  # the likeliest token's weight is 1
+        ids, weights = likely if ids is None else ids[likely], weights[likely]
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    place = min(int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")), len(weights) - 1)
+    return place if ids is None else int(ids[place])
+
+
+def _penalised(logits_v: NDArray[np.float32], penalty: float, seen: Sequence[int]) -> NDArray[np.float32]:
+    ids = np.unique(np.asarray(seen))
+    changed_v = logits_v.copy()
+    held = changed_v[ids]
+    changed_v[ids] = np.where(held > 0, held / penalty, held * penalty)
+    return changed_v
+
+
+def log_probabilities(logits_v: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the logarithm of the softmax of logits (vocabulary,)."""
+    shifted = logits_v.astype(np.float64) - logits_v.max()
+    return shifted - np.log(np.exp(shifted).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,15 @@ class Session:
         Raises:
             ValueError: ``ids`` is empty or longer than the context.
         """
-        pairs = enumerate(zip(self._ids, ids, strict=False))
-        shared = next((place for place, (held, wanted) in pairs if held != wanted), min(len(self._ids), len(ids)))
-        self._ids = self._ids[: min(shared, len(ids) - 1)]  # all that surely holds if feeding is interrupted
+        self._ids = self._ids[: self.shared(ids)]  # all that surely holds if feeding is interrupted
         self.engine.truncate(len(self._ids))
         logits = self.engine.feed(ids[len(self._ids) :])
         self._ids = list(ids)
         return logits
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Return how many of ``ids`` need not be computed; the last one always is."""
+        return min(shared_length(self._ids, ids), len(ids) - 1)
 
     def append(self, token: int) -> NDArray[np.float32]:
         """Take in one more token; return the logits that follow."""
@@ -46,29 +48,39 @@ class Session:
         return len(self._ids) >= self.engine.context_length
 
 
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of what two sequences begin with."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # slices compare faster than a loop
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if one[least:middle] == other[least:middle] else (least, middle - 1)
+    return least
+
+
 def stream_tokens(
     session: Session,
     ids: Sequence[int],
-    eos_id: int,
+    stop_ids: Container[int],
     sampling: Sampling,
     max_tokens: int,
     random: np.random.Generator,
 ) -> Iterator[int]:
-    """Yield the ids that continue ``ids``, until the end mark, ``max_tokens`` or a full context.
+    """Yield the ids that continue ``ids``, until one of ``stop_ids``, ``max_tokens`` or a full context.
 
-    The end mark itself is neither yielded nor fed.
+    What stops is neither yielded nor fed.
 
     Raises:
         ValueError: ``ids`` is empty or does not fit the context.
     """
-    logits = session.set(ids)
+    logits, seen = session.set(ids), list(ids)
     for remaining in range(max_tokens, 0, -1):
-        token = sample(logits, sampling, random)
-        if token == eos_id:
+        token = sample(logits, sampling, random, seen)
+        if token in stop_ids:
             return
         yield token
         if session.is_full or remaining == 1:
             return
+        seen.append(token)
         logits = session.append(token)
 
 

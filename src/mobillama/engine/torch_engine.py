@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mobillama.directory import load_model
 from mobillama.engine.interface import Memory, check_tokens
 from mobillama.model.attention import KVCache
 from mobillama.model.transformer import MobiLlama
@@ -20,7 +18,7 @@ class TorchEngine:
     """Decodes one sequence with torch. On a GPU a decoded token is one replay of a CUDA graph.
 
     Args:
-        model: in evaluation mode; see :meth:`from_directory`.
+        model: in evaluation mode.
         context_length: tokens to make room for; absent: what the model was made for.
         compile: let torch's compiler fuse the element-wise work of a step before it is captured (half a minute at start).
     """
@@ -40,16 +38,6 @@ class TorchEngine:
         weights = sum(sizes.values())
         self.memory = Memory(weights, weights - looked_up, self._cache.nbytes)
         self._step = _GraphStep(model, self._cache, compile) if weight.is_cuda else None
-
-    @classmethod
-    def from_directory(cls, directory: Path, device: torch.device | str = "cpu") -> TorchEngine:
-        """Open a model directory, weights as stored.
-
-        Raises:
-            UsageError: this is no model directory.
-            CorruptDataError: it is damaged.
-        """
-        return cls(load_model(directory, device=device))
 
     @property
     def length(self) -> int:

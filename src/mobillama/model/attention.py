@@ -5,6 +5,8 @@ Shapes: b batch · t query tokens · s key tokens (cached and new) · h heads ·
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Optional, Protocol
 
 import torch
@@ -51,8 +53,8 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, batch_size, config.key_value_heads, max_length, config.attention_head_dim)
         self.max_length = max_length
-        self._keys_lbhsd = torch.zeros(shape, dtype=dtype, device=device)
-        self._values_lbhsd = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys_lbhsd = _zeros(shape, dtype, torch.device(device))
+        self._values_lbhsd = _zeros(shape, dtype, torch.device(device))
         self._lengths = [0] * config.num_hidden_layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -90,6 +92,13 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on: the kept prefix serves another continuation."""
         self._lengths = [min(length, held) for held in self._lengths]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU they take memory only where they are written, which :func:`torch.zeros` does at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def attention_mask(

@@ -116,7 +116,7 @@ def _continue(model: Path, prompt: str, tokens: int = 80) -> str:
     engine, tokenizer = load_engine(model)
     (ids,) = tokenizer.encode([prompt])
     drawn = stream_tokens(
-        Session(engine), ids, tokenizer.eos_id, Sampling(0.7, 0, 0.9), tokens, np.random.default_rng(0)
+        Session(engine), ids, {tokenizer.eos_id}, Sampling(0.7, 0, 0.9), tokens, np.random.default_rng(0)
     )
     return "".join(text_of(drawn, tokenizer))
 

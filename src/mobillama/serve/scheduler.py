@@ -1,0 +1,274 @@
+"""Requests decoded together: one thread owns the engine and feeds it once a step.
+
+A request waits in a queue until a slot is free, takes the slot that already holds the longest beginning of its prompt, and
+keeps it until it ends. A step feeds each slot its next token, and at most ``CHUNK`` tokens of prompts that are still being
+read, so that a long prompt delays the others little.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobillama.data.tokenizer import Tokenizer
+from mobillama.engine.interface import BatchEngine
+from mobillama.engine.sampling import Sampling, log_probabilities, sample
+from mobillama.engine.stream import shared_length
+from mobillama.errors import MobiLlamaError
+from mobillama.serve.metrics import Metrics
+from mobillama.serve.writer import Writer
+
+CHUNK = 256
+STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
+
+
+class Busy(MobiLlamaError):
+    """The queue is full."""
+
+
+@dataclass(frozen=True)
+class LogProbability:
+    """How likely a token was, before any sampling option."""
+
+    token: int
+    value: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens and their values."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to an answer."""
+
+    text: str
+    """May be empty: the token completes no character, or may begin a stop text."""
+    token: int
+    log_probability: LogProbability | None
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of an answer."""
+
+    reason: str
+    """One of STOP, LENGTH, CANCELLED, FAILED."""
+    text: str = ""
+    """What was held back."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to compute."""
+
+    ids: Sequence[int]
+    """The prompt; with ``max_tokens`` it fits the context but for the last token."""
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: frozenset[int]
+    stops: tuple[str, ...] = ()
+    seed: int | None = None
+    """Of the draws; None: another one each time."""
+    log_probabilities: int | None = None
+    """How many of the likeliest tokens to tell of; None: tell of none, not even the token itself."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was taken in."""
+
+    request: Request
+    emit: Callable[[Piece | Finish], None]
+    """Called in the scheduler's thread, as each token comes."""
+    arrived: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+
+class _Running:
+    """A request in a slot."""
+
+    def __init__(self, ticket: Ticket, slot: int, held: int, token_bytes: Sequence[bytes]) -> None:
+        self.ticket, self.slot, self.fed = ticket, slot, held
+        self.ids = list(ticket.request.ids)
+        self.random = np.random.default_rng(ticket.request.seed)
+        self.writer = Writer(token_bytes, ticket.request.stops)
+
+    @property
+    def waits_for_one(self) -> bool:
+        """Whether one token is left to feed: the last of the prompt, or the last of the answer so far."""
+        return len(self.ids) - self.fed == 1
+
+    @property
+    def said(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - len(self.ticket.request.ids)
+
+
+class Scheduler:
+    """Runs requests on an engine, from :meth:`start` to :meth:`close`.
+
+    Args:
+        engine: no one else uses it.
+        tokenizer: the model's.
+        queue: requests that may wait beside those in slots.
+        metrics: counts what happens.
+    """
+
+    def __init__(self, engine: BatchEngine, tokenizer: Tokenizer, queue: int, metrics: Metrics) -> None:
+        self._engine, self._token_bytes, self._metrics = engine, tokenizer.token_bytes, metrics
+        self._limit = queue
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[_Running] = []
+        self._held: list[list[int]] = [[] for _ in range(engine.slots)]
+        self._used = [0] * engine.slots  # the step in which a slot was last given away
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, requests: Sequence[tuple[Request, Callable[[Piece | Finish], None]]]) -> list[Ticket]:
+        """Take in requests, all or none.
+
+        Raises:
+            Busy: the queue has no room for them, or the scheduler is closed.
+        """
+        tickets = [Ticket(request, emit) for request, emit in requests]
+        with self._changed:
+            free = self._engine.slots - len(self._running)
+            if self._closed or len(self._waiting) + len(tickets) > self._limit + free:
+                raise Busy(f"{len(self._waiting)} requests wait already; try again later")
+            self._waiting += tickets
+            self._changed.notify()
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request, whose slot is free after the step that is being computed."""
+        with self._changed:
+            ticket.cancelled = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End all requests and the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run and how many wait."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+                if self._closed:
+                    ended = [*(running.ticket for running in self._running), *self._waiting]
+                    self._running, self._waiting = [], deque()
+                else:
+                    ended = self._drop_cancelled()
+                    self._admit()
+            for ticket in ended:
+                ticket.emit(Finish(CANCELLED))
+            if self._closed:
+                return
+            if self._running:
+                self._step()
+
+    def _drop_cancelled(self) -> list[Ticket]:
+        ended = [ticket for ticket in self._waiting if ticket.cancelled]
+        ended += [running.ticket for running in self._running if running.ticket.cancelled]
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+        self._running = [running for running in self._running if not running.ticket.cancelled]
+        return ended
+
+    def _admit(self) -> None:
+        free = set(range(self._engine.slots)) - {running.slot for running in self._running}
+        while free and self._waiting:
+            ticket = self._waiting.popleft()
+            ids = ticket.request.ids
+            shared = {slot: shared_length(self._held[slot], ids) for slot in free}
+            slot = max(free, key=lambda slot: (shared[slot], -self._used[slot]))
+            free.remove(slot)
+            kept = min(shared[slot], len(ids) - 1)
+            self._engine.truncate(slot, kept)
+            del self._held[slot][kept:]
+            self._used[slot] = self._metrics.steps + 1
+            self._metrics.count_prompt(len(ids), kept)
+            self._running.append(_Running(ticket, slot, kept, self._token_bytes))
+
+    def _step(self) -> None:
+        started, budget = time.monotonic(), CHUNK
+        fed: list[tuple[_Running, list[int]]] = []
+        for running in self._running:
+            if running.waits_for_one:
+                fed.append((running, running.ids[-1:]))
+            elif budget:
+                stretch = running.ids[running.fed : running.fed + budget]
+                budget -= len(stretch)
+                fed.append((running, stretch))
+        try:
+            logits_wv = self._engine.feed([(running.slot, ids) for running, ids in fed])
+        except Exception as error:  # whatever an engine raises, the server goes on with the next requests
+            self._fail(error)
+            return
+        self._metrics.count_step(time.monotonic() - started)
+        for (running, ids), logits_v in zip(fed, logits_wv, strict=True):
+            running.fed += len(ids)
+            self._held[running.slot] += ids
+            if running.fed == len(running.ids):
+                self._take(running, logits_v)
+
+    def _take(self, running: _Running, logits_v: NDArray[np.float32]) -> None:
+        """Draw a request's next token, tell of it, and end the request where it ends."""
+        request, emit = running.ticket.request, running.ticket.emit
+        token = sample(logits_v, request.sampling, running.random, running.ids)
+        if running.said == 0:
+            self._metrics.count_first(time.monotonic() - running.ticket.arrived)
+        if token in request.stop_ids:
+            self._end(running, STOP)
+            return
+        running.ids.append(token)
+        self._metrics.generated_tokens += 1
+        known = request.log_probabilities
+        emit(
+            Piece(
+                running.writer.write(token), token, None if known is None else _log_probability(logits_v, token, known)
+            )
+        )
+        if running.writer.stopped:
+            self._end(running, STOP)
+        elif running.said == request.max_tokens:
+            self._end(running, LENGTH)
+
+    def _end(self, running: _Running, reason: str) -> None:
+        with self._changed:
+            self._running.remove(running)
+        rest = running.writer.finish()
+        running.ticket.emit(Finish(STOP if running.writer.stopped else reason, rest))
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            failed, self._running = self._running, []
+        self._metrics.count_failure(error)
+        for running in failed:
+            self._engine.truncate(running.slot, 0)
+            self._held[running.slot] = []
+            running.ticket.emit(Finish(FAILED))
+
+
+def _log_probability(logits_v: NDArray[np.float32], token: int, top: int) -> LogProbability:
+    values_v = log_probabilities(logits_v)
+    likeliest = np.argpartition(values_v, -top)[-top:] if top else np.empty(0, int)
+    ranked = likeliest[np.argsort(-values_v[likeliest], kind="stable")]
+    return LogProbability(token, float(values_v[token]), [(int(i), float(values_v[i])) for i in ranked])

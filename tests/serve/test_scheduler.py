@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import queue
+
+import numpy as np
+import pytest
+
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.engine.load import load_batch_engine
+from mobillama.engine.sampling import Sampling
+from mobillama.serve.metrics import Metrics
+from mobillama.serve.scheduler import CANCELLED, CHUNK, FAILED, LENGTH, STOP, Busy, Finish, Request, Scheduler
+from mobillama.serve.writer import Writer
+
+
+@pytest.mark.parametrize(
+    "stops, said, stopped",
+    [
+        ((), "a STOP b", False),
+        (("STOP",), "a ", True),
+        (("b", "STOP"), "a ", True),
+        (("STOPX", "P b!"), "a STOP b", False),
+        (("a STOP b and more",), "a STOP b", False),
+        (("a",), "", True),
+    ],
+)
+def test_text_is_held_back_only_while_it_may_begin_a_stop_text(stops, said, stopped):
+    token_bytes = [bytes([byte]) for byte in range(256)]
+    writer, pieces = Writer(token_bytes, stops), []
+    for byte in b"a STOP b":
+        pieces.append(writer.write(byte))
+        if writer.stopped:
+            break
+    assert "".join(pieces) + writer.finish() == said and writer.stopped is stopped
+    assert pieces[0] == ("" if any(stop.startswith("a") for stop in stops) else "a")  # as soon as it is certain
+
+
+def test_a_stop_text_of_bytes_that_are_no_character_yet():
+    writer = Writer([bytes([byte]) for byte in range(256)], ["é"])
+    assert [writer.write(byte) for byte in "xé".encode()] == ["x", "", ""] and writer.stopped
+    assert Writer([b"\xc3"], []).finish() == ""
+    cut = Writer([b"\xc3"], [])
+    assert cut.write(0) == "" and cut.finish() == "\ufffd"
+
+
+class Watched:
+    """An engine that notes what it is fed, and fails when it is told to."""
+
+    def __init__(self, engine):
+        self._engine, self.fed, self.fails = engine, [], False
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def feed(self, work):
+        self.fed.append([len(ids) for _, ids in work])
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return self._engine.feed(work)
+
+
+@pytest.fixture
+def scheduler(chat_model):
+    engine, tokenizer = load_batch_engine(chat_model, slots=2)
+    made = Scheduler(Watched(engine), tokenizer, queue=3, metrics=Metrics())
+    made.start()
+    yield made
+    made.close()
+
+
+def request(ids, max_tokens=4, **options):
+    return Request(ids, Sampling(0), max_tokens, frozenset(), **options)
+
+
+def submit(scheduler, *requests):
+    """Return where each request's events arrive, and the tickets."""
+    boxes = [queue.Queue() for _ in requests]
+    return boxes, scheduler.submit([(its, box.put) for its, box in zip(requests, boxes, strict=True)])
+
+
+def end_of(box):
+    events = []
+    while not (events and isinstance(events[-1], Finish)):
+        events.append(box.get(timeout=30))
+    return events[-1].reason, [event.token for event in events[:-1]]
+
+
+def test_long_prompts_are_read_piece_by_piece_while_others_go_on(scheduler):
+    engine = scheduler._engine
+    (short,), _ = submit(scheduler, request([5, 6, 7], 400))
+    short.get(timeout=30)
+    ids = np.random.default_rng(0).integers(3, 500, 900).tolist()
+    (long,), _ = submit(scheduler, request(ids))
+    assert end_of(long)[0] == LENGTH
+    mixed = [sizes for sizes in engine.fed if len(sizes) == 2]
+    assert [sum(sizes) - 1 for sizes in mixed[:4]] == [CHUNK, CHUNK, CHUNK, 900 - 3 * CHUNK]
+    assert all(1 in sizes for sizes in mixed)
+    assert len(end_of(short)[1]) == 399
+
+
+def test_a_failing_engine_ends_what_ran_and_the_next_request_is_answered(scheduler, capfd):
+    expected = end_of(submit(scheduler, request([5, 6, 7]))[0][0])
+    scheduler._engine.fails = True
+    boxes, _ = submit(scheduler, request([5, 6, 7]), request([8, 9]))
+    assert [end_of(box) for box in boxes] == [(FAILED, [])] * 2
+    scheduler._engine.fails = False
+    assert end_of(submit(scheduler, request([5, 6, 7]))[0][0]) == expected == (LENGTH, expected[1])
+    said = capfd.readouterr().err
+    assert "RuntimeError: out of memory" in said and "5" not in said
+
+
+def test_the_queue_is_bounded_and_what_waits_can_be_cancelled(scheduler):
+    boxes, tickets = submit(scheduler, *[request([5 + n], 4000) for n in range(5)])
+    with pytest.raises(Busy):
+        submit(scheduler, request([9]))
+    for ticket in tickets[1:]:
+        scheduler.cancel(ticket)
+    assert [end_of(box)[0] for box in boxes[1:]] == [CANCELLED] * 4
+    assert scheduler.load == (1, 0)
+    scheduler.close()
+    assert end_of(boxes[0])[0] == CANCELLED
+    with pytest.raises(Busy):
+        submit(scheduler, request([9]))
+
+
+def test_an_answer_ends_at_a_stop_id_which_is_no_part_of_it(scheduler, chat_model):
+    _, tokens = end_of(submit(scheduler, request([5, 6, 7], 9))[0][0])
+    stop = tokens[3]
+    asked = Request([5, 6, 7], Sampling(0), 9, frozenset({stop}))
+    assert end_of(submit(scheduler, asked)[0][0]) == (STOP, tokens[: tokens.index(stop)])
+    assert load_tokenizer(chat_model).chat_template

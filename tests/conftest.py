@@ -175,19 +175,6 @@ def small_model(tokenizer_path, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def chat_model(tokenizer_path, tmp_path_factory) -> Path:
-    """A model of random weights, large enough that its likeliest token stands out, with a chat template."""
-    config = ModelConfig(VOCAB, 32, 48, 2, 2, max_position_embeddings=4096, initializer_range=0.4)
-    model = MobiLlama(config)
-    initialise(model, config, 5)
-    tokenizer = load_tokenizer(tokenizer_path)
-    tokenizer.chat_template = DEFAULT
-    directory = tmp_path_factory.mktemp("chat") / "tiny"
-    save_model(directory, config, model.state_dict(), tokenizer)
-    return directory
-
-
 def openai_row(thing: str, colour: str) -> dict:
     question, answer = f"Which colour has {thing}?", f"It is {colour}."
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -226,3 +213,16 @@ train: {{steps: 8, batch_size: 8, micro_batch_size: 4, checkpoint_every: 3, keep
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def chat_model(tokenizer_path, tmp_path_factory) -> Path:
+    """A model of random weights, large enough that its likeliest token stands out, with a chat template."""
+    config = ModelConfig(VOCAB, 32, 48, 2, 2, max_position_embeddings=4096, initializer_range=0.4)
+    model = MobiLlama(config)
+    initialise(model, config, 5)
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.chat_template = DEFAULT
+    directory = tmp_path_factory.mktemp("chat") / "tiny"
+    save_model(directory, config, model.state_dict(), tokenizer)
+    return directory

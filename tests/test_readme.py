@@ -31,6 +31,7 @@ def tool():
         "gguf-parity",
         "quantize",
         "fuzz",
+        "sft",
     ],
 )
 def test_tables_are_generated_from_the_recorded_results(name):

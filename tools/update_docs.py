@@ -517,6 +517,54 @@ def fuzz() -> str:
     )
 
 
+def sft() -> str:
+    """Return what tuning changed, and what the models say."""
+    result = load("sft")
+    asked, ways = result["asked"], result["ways"]
+    rows = {
+        "held-out loss, nats a learned token": lambda name: f"{asked[name]['held_out_loss']:.3f}",
+        "held-out questions answered in the style": lambda name: _of(asked[name]["held_out"], "in_style"),
+        "… and word for word as the conversations do": lambda name: _of(asked[name]["held_out"], "same"),
+        "other questions answered in the style": lambda name: _of(asked[name]["others"], "in_style"),
+        "learning rate": lambda name: f"{ways[name]['learning_rate']:g}" if name in ways else "",
+        "seconds · peak GiB": lambda name: _cost(ways[name]) if name in ways else "",
+        "stored for itself, MB": lambda name: _stored(ways[name], result["parameters"]) if name in ways else "",
+    }
+    lines = [f"| {result['model'].removesuffix('.gguf')} | {' | '.join(asked)} |", "|---|" + "---:|" * len(asked)]
+    lines += [f"| {what} | {' | '.join(map(value, asked))} |" for what, value in rows.items()]
+    first = next(iter(ways.values()))
+    lines += [
+        "",
+        f"{result['sequences']} packed sequences, {first['steps']} steps, {first['epochs']:.0f} epochs, in {first['precision']}; "
+        f"{result['held_out_conversations']} conversations held out. `python benchmarks/sft.py --model models/start --work "
+        f"DIR`; {_measured(result['environment'], 'torch')}.",
+        "",
+        f"| asked | {' | '.join(asked)} |",
+        "|---|" + "---|" * len(asked),
+    ]
+    held = [sample for sample in result["samples"] if sample["is_held_out"]]
+    for sample in [*held[:3], *(sample for sample in result["samples"] if not sample["is_held_out"])]:
+        lines.append(f"| {sample['question']} | {' | '.join(_cell(sample[name]) for name in asked)} |")
+    return "\n".join(lines)
+
+
+def _of(counts: dict[str, int], key: str) -> str:
+    return f"{counts[key]} of {counts['answers']}"
+
+
+def _cost(way: dict[str, Any]) -> str:
+    return f"{way['seconds']:,.0f} · {way['memory_gib']:.1f}"
+
+
+def _stored(way: dict[str, Any], parameters: int) -> str:
+    return f"{(way['adapter_bytes'] or 4 * parameters) / 1e6:,.0f}"
+
+
+def _cell(answer: str) -> str:
+    text = " ".join(answer.split()).replace("|", "\\|")
+    return text if len(text) <= 120 else text[:120].rstrip() + " …"
+
+
 def _measured(environment: dict[str, Any], *packages: str) -> str:
     """Return machine, versions of some packages, date and commit, with the + of a checkout that differed from it."""
     commit = environment["commit"]
@@ -531,6 +579,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "corpus-table": (ROOT / "docs" / "data.md", corpus_table),
     "corpus-proofs": (ROOT / "docs" / "data.md", corpus_proofs),
     "faults": (ROOT / "docs" / "training.md", faults),
+    "sft": (ROOT / "docs" / "chat.md", sft),
     "train-speed": (ROOT / "docs" / "training.md", train_speed),
     "h100-resume": (ROOT / "docs" / "training.md", resume),
     "data-plan": (ROOT / "docs" / "data.md", data_plan),

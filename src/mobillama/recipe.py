@@ -543,7 +543,8 @@ class SftRecipe:
         _require(self.context == 0 or self.context >= 8, "context", self.context, "0, or 8 or more")
         _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share: at least 0 and below 1")
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
-        _require(not (self.lora.rank and self.train.fused), "train.fused", True, "false with lora.rank")
+        for name in ("fused", "float8"):  # they know the plain matrices only
+            _require(not (self.lora.rank and getattr(self.train, name)), f"train.{name}", True, "false with lora.rank")
 
     def settled(self, sequences: int) -> SftRecipe:
         """Return the recipe with its steps and warm-up in numbers, for so many training sequences."""

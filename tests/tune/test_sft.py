@@ -10,10 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -113,7 +116,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_ledger(sft_file, tmp_path):
     command = [sys.executable, "-m", "mobillama", "sft", str(sft_file), "--run", str(other)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (other / "checkpoints" / "step-000003" / "manifest.json").exists():
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     done = run_cli("sft", sft_file, "--run", other)
@@ -275,6 +278,22 @@ def test_other_conversations_or_other_weights_cannot_take_over_a_run(sft_file, c
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_data_set_in_the_hubs_layout_is_learned_from_like_a_file(sft_file, chat_files, tmp_path):
+    folder = tmp_path / "owner" / "chats"
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (chat_files / "sharegpt.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    options = ["--train.steps", "2", "--sources"]
+    sft(recipe_of(sft_file, *options, f"{{x: {{path: {folder}}}}}"), Silent())
+    (of_set,) = ChatData(tmp_path / "run" / "data").manifest["inputs"]["sources"]
+    assert of_set["files"].keys() == {"train.parquet"}
+    of_file = recipe_of(
+        sft_file, *options, f"{{x: {{path: {chat_files / 'sharegpt.jsonl'}}}}}", "--run", str(tmp_path / "file")
+    )
+    sft(of_file, Silent())
+    assert ChatData(tmp_path / "run" / "data").root == ChatData(tmp_path / "file" / "data").root
+
+
 def test_damaged_conversations_are_caught_before_they_are_used(sft_file, tmp_path):
     with pytest.raises(Stopped):
         sft(recipe_of(sft_file), StopAt(3))
@@ -295,36 +314,24 @@ def test_what_does_not_fit_is_refused(sft_file):
             r"train\.fused: True is not false",
         ),
         (["--template", "none.jinja"], r"template: none\.jinja cannot be read"),
+        (["--init_from", __file__], r"init_from: .*test_sft\.py is a file; .* mobillama import"),
         (["--holdout", "1"], r"holdout: 1.0 is not a share"),
     ):
         with pytest.raises(UsageError, match=said):
             sft(recipe_of(sft_file, *options), Silent())
 
 
-def test_two_processes_compute_what_one_does(sft_file, tmp_path):
-    for name, lora in (("full", ()), ("lora", LORA)):
-        sft(recipe_of(sft_file, *lora, "--run", str(tmp_path / name)), Silent())
-        for kind in ("ddp", "fsdp"):
-            run = tmp_path / f"{name}-{kind}"
-            words = ["sft", sft_file, *lora, "--run", run, "--train.parallelism", kind]
-            torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                "2",
-                "--standalone",
-                "-m",
-                "--",
-            ]
-            done = subprocess.run(
-                [*map(str, [*torchrun, "mobillama", *words])], capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, done.stderr
-            steps = [[line for line in ledger(r) if line["kind"] == "step"] for r in (tmp_path / name, run)]
-            for ours, theirs in zip(*steps, strict=True):
-                assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
-                assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
+@pytest.mark.parametrize(("lora", "kind"), [((), "ddp"), (LORA, "fsdp")], ids=["full-ddp", "lora-fsdp"])
+def test_two_processes_compute_what_one_does(sft_file, tmp_path, lora, kind):
+    sft(recipe_of(sft_file, *lora), Silent())
+    words = ["sft", sft_file, *lora, "--run", tmp_path / "two", "--train.parallelism", kind]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--"]
+    done = subprocess.run([*map(str, [*torchrun, "mobillama", *words])], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    steps = [[line for line in ledger(tmp_path / name) if line["kind"] == "step"] for name in ("run", "two")]
+    for ours, theirs in zip(*steps, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-4)
 
 
 def test_what_a_step_learned_from_is_shown_with_what_is_learned_in_brackets(sft_file, tmp_path):

@@ -42,8 +42,8 @@ _ROWS_AT_ONCE = 1024
 Show = Callable[[str, float, float], None]
 
 
-def _quiet(stage: str, done: float, total: float) -> None:
-    pass
+def quiet(stage: str, done: float, total: float) -> None:
+    """Show nothing."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Gathered:
     held_out: list[Piece] = field(default_factory=list)
 
 
-def gather(recipe: SftRecipe, template: ChatTemplate, length: int, show: Show = _quiet) -> list[Gathered]:
+def gather(recipe: SftRecipe, template: ChatTemplate, length: int, show: Show = quiet) -> list[Gathered]:
     """Read the conversations of all sources, in pieces of at most ``length`` ids.
 
     Raises:
@@ -104,7 +104,7 @@ def is_held_out(conversation: Conversation, share: float) -> bool:
 
 
 def write(
-    path: Path, sources: list[Gathered], inputs: dict[str, Any], length: int, tokenizer: Tokenizer, show: Show = _quiet
+    path: Path, sources: list[Gathered], inputs: dict[str, Any], length: int, tokenizer: Tokenizer, show: Show = quiet
 ) -> None:
     """Pack the conversations into sequences and write them, whole or not at all.
 

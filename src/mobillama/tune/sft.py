@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from dataclasses import replace
@@ -26,7 +27,7 @@ from mobillama.train.task import check_shares
 from mobillama.train.world import World
 from mobillama.tune.adapters import ADAPTER_DIRECTORY, adapter_tensors, add_adapters, merged, save_adapters
 from mobillama.tune.conversations import describe_source
-from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, Show, _quiet, gather, write
+from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, Show, gather, quiet, write
 
 _EXAMPLE = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -34,7 +35,7 @@ _EXAMPLE = [
 ]
 
 
-def sft(recipe: SftRecipe, reporter: Reporter, show: Show = _quiet) -> Path:
+def sft(recipe: SftRecipe, reporter: Reporter, show: Show = quiet) -> Path:
     """Tune a model on conversations as ``recipe`` says, in :func:`mobillama.train.loop.train`; return the last checkpoint.
 
     Raises:
@@ -54,7 +55,7 @@ class Tuning:
 
     data: ChatData
 
-    def __init__(self, recipe: SftRecipe, reporter: Reporter, show: Show = _quiet) -> None:
+    def __init__(self, recipe: SftRecipe, reporter: Reporter, show: Show = quiet) -> None:
         self.recipe, self._reporter, self._show = recipe, reporter, show
         self._start, self._place = Path(recipe.init_from), Path(recipe.run) / DATA_DIRECTORY
         self._gathered: list[Gathered] = []
@@ -71,6 +72,10 @@ class Tuning:
         check_shares(recipe, world)
         if recipe.lora.rank:
             import peft  # noqa: F401 before any work is done
+        if self._start.is_file():
+            raise UsageError(
+                f"init_from: {self._start} is a file; make a model directory of it: mobillama import {self._start} DIRECTORY"
+            )
         shape = read_config(self._start)
         length = (recipe.context or shape.max_position_embeddings) + 1
         if length - 1 > shape.max_position_embeddings:
@@ -144,7 +149,7 @@ class Tuning:
             weights = merged(weights, self.recipe.lora)
         save_model(directory / "model", self.shape, weights, self.data.tokenizer)
 
-    @property
+    @functools.cached_property
     def _init(self) -> str:
         return sha256_file(self._start / WEIGHTS_FILE)
 

@@ -1,10 +1,14 @@
 """Files whose headers lie, by the hundred thousand: do our readers refuse them with an error of ours, at once and cheaply?
 
-    python benchmarks/fuzz.py                      # 50,000 mutations for each of four readers; half an hour on two cores
+    python benchmarks/fuzz.py                      # 50,000 mutations for each of five readers; an hour on two cores
     python benchmarks/fuzz.py --count 2000
+    MOBILLAMA_CACHE=/tmp/sanitized CXX='g++ -fsanitize=address,undefined -fno-sanitize-recover=all' \\
+        LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \\
+        python benchmarks/fuzz.py --readers 'native engine' --results fuzz-sanitized.json      # its C++ under sanitizers
 
 Seeds are real small models as GGUF and as safetensors. Each mutation changes bytes, puts a striking number where a length may
-stand, cuts, inserts or repeats a piece of the header. A case counts as a failure if it ends in another error than ours, takes
+stand, cuts, inserts or repeats a piece of the header, and for the native engine, which decodes from what it read, of the
+weights too. A case counts as a failure if it ends in another error than ours, takes
 longer than two seconds, or lets Python allocate more than twice the file and 64 KiB, or the process 256 MiB more.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -54,7 +59,27 @@ def read_gguf_model(path: Path) -> None:
     """Read a GGUF file as a model: shape, tokenizer, tensors."""
     from mobillama.engine.gguf_model import read_model
 
-    sum(int(tensor.rows[-1, -1]) for tensor in read_model(path).tensors.values())
+    model = read_model(path)
+    sum(int(tensor.rows[-1, -1]) for tensor in model.tensors.values())
+    assert model.tokenizer is not None
+
+
+def decode_natively(path: Path) -> None:
+    """Decode from a GGUF file with the native engine: some tokens, a full context, and what is refused."""
+    from mobillama.engine.gguf_model import read_model
+    from mobillama.engine.native_engine import NativeBatchEngine
+
+    model = read_model(path)
+    engine = NativeBatchEngine(model, 2, threads=1)
+    engine.feed([(1, [0, engine.vocab_size - 1]), (0, [1])])
+    if engine.context_length <= 256:
+        engine.feed([(1, [2] * (engine.context_length - 2))])
+    for slot, ids in ((1, [0] * engine.context_length), (0, [engine.vocab_size]), (0, [-1]), (2, [1])):
+        try:
+            engine.feed([(slot, ids)])
+        except ValueError:
+            continue
+        raise AssertionError("took in what it cannot")
 
 
 def read_safetensors(path: Path) -> None:
@@ -76,6 +101,7 @@ def read_foreign_safetensors(path: Path) -> None:
 READERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "GGUF header": (read_header, "gguf"),
     "GGUF model": (read_gguf_model, "gguf"),
+    "native engine": (decode_natively, "gguf"),
     "safetensors": (read_safetensors, "safetensors"),
     "safetensors, import": (read_foreign_safetensors, "safetensors"),
 }
@@ -154,7 +180,8 @@ def run(task: tuple[str, str, int, int]) -> dict[str, Any]:
     read, form = READERS[reader_name]
     draw = random.Random(seed)
     seeds = [
-        (content := path.read_bytes(), header_size(content, form)) for path in sorted(Path(folder).glob(f"*.{form}"))
+        (content := path.read_bytes(), len(content) if reader_name == "native engine" else header_size(content, form))
+        for path in sorted(Path(folder).glob(f"*.{form}"))
     ]
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
@@ -166,7 +193,11 @@ def run(task: tuple[str, str, int, int]) -> dict[str, Any]:
             path.write_bytes(content)
             read(path)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + PROCESS_SLACK, used + PROCESS_SLACK))
+        if "LD_PRELOAD" not in os.environ:  # AddressSanitizer reserves terabytes of addresses
+            slack = (
+                4 * PROCESS_SLACK if reader_name == "native engine" else PROCESS_SLACK
+            )  # it reserves more than it takes
+            resource.setrlimit(resource.RLIMIT_AS, (used + slack, used + slack))
         tracemalloc.start()
         for _ in range(count):
             content, head = draw.choice(seeds)
@@ -201,6 +232,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50_000, help="mutations for each reader")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     found: dict[str, Any] = {"environment": environment(), "seed": args.seed, "seed_files": {}, "readers": {}}
@@ -209,7 +241,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, progress() as show:
         make_seeds(Path(folder))
         found["seed_files"] = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-        for reader in READERS:
+        for reader in args.readers:
             tasks = [(reader, folder, args.seed + number, part) for number in range(args.count // part)]
             total: dict[str, Any] = {
                 "outcomes": Counter(),

@@ -15,7 +15,7 @@ from mobillama.data.tokenizer import load_tokenizer
 from mobillama.engine import NATIVE, TORCH
 from mobillama.engine.blocks import TYPES, encode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import GGUFModel, stored_names, weight_shape, write_model
+from mobillama.engine.gguf_model import GGUFModel, read_model, stored_names, weight_shape, write_model
 from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.torch_gguf import decode_weights
 from mobillama.errors import CorruptDataError, UsageError
@@ -61,7 +61,7 @@ def model_of(kind: str, seed: int = 0, **changes) -> GGUFModel:
         its = TYPES["f32" if len(size) == 1 else kind if size[-1] % TYPES[kind].values == 0 else "f16"]
         values = random.normal(1, 0.2, size) if len(size) == 1 else random.normal(0, 0.04, size)
         tensors[name] = Tensor(name, size, its, encode(values.reshape(-1, size[-1]), its))
-    return GGUFModel(shape, tensors, None, {})  # type: ignore[arg-type]
+    return GGUFModel(shape, tensors)
 
 
 def torch_logits(model: GGUFModel, ids=IDS) -> np.ndarray:
@@ -295,3 +295,32 @@ def test_without_a_compiler_torch_decodes_and_one_line_says_so(gguf, tmp_path):
     refused = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX="false", engine="native")
     assert f"{UsageError.__name__}: {gguf}: the C++ compiler failed" in refused.stderr
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_the_end(gguf, tmp_path):
+    path = tmp_path / "changing.gguf"
+    content = gguf.read_bytes()
+    for change in (
+        lambda: os.truncate(path, len(content) // 2),
+        lambda: os.truncate(path, 0),
+        lambda: os.utime(path, ns=(1, 1)),
+    ):
+        path.write_bytes(content)
+        model = read_model(path)
+        change()
+        with pytest.raises(CorruptDataError, match=r"changing\.gguf: was (cut short|changed) while it was read"):
+            NativeEngine(model, 1)
+
+
+def test_what_becomes_of_the_file_once_it_is_loaded_is_all_the_same(gguf, tmp_path):
+    path = tmp_path / "gone.gguf"
+    path.write_bytes(gguf.read_bytes())
+    engine = NativeEngine.load(path, 1)
+    os.truncate(path, 100)
+    path.unlink()
+    assert np.array_equal(engine.feed(IDS), NativeEngine.load(gguf, 1).feed(IDS))
+
+
+def test_more_threads_than_rows_compute_the_same():
+    model = model_of("q4_0", head_dim=32)
+    assert np.array_equal(NativeEngine(model, 40).feed(IDS[:5]), NativeEngine(model, 1).feed(IDS[:5]))

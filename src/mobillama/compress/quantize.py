@@ -124,7 +124,7 @@ def judge(
     """Return how far encoded tensors are from their model on held-out text: of each source, and of ``all``."""
     with torch.device("meta"):
         copy = MobiLlama(source.shape)
-    decoded = decode_weights(GGUFModel(source.shape, tensors, source.tokenizer, {}), torch.float32)
+    decoded = decode_weights(GGUFModel(source.shape, tensors), torch.float32)
     copy.load_state_dict(decoded, assign=True)
     ours, theirs = (_logits(model, device) for model in (source.model(), copy))
     found, done = {name: Comparison(source.tokenizer) for name in texts.held_out}, 0

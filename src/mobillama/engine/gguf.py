@@ -1,14 +1,20 @@
-"""GGUF files: metadata and tensors, read through a memory map and written as a stream. Imports no torch.
+"""GGUF files: metadata, read through a memory map, and tensors, read when they are asked for; written as a stream. Imports no
+torch.
 
 The format is ggml's (docs/gguf.md there), versions 2 and 3, little-endian. A header may lie: every length is checked against
-the bytes that are left before anything is made of it, so what is allocated stays below the size of the file.
+the bytes that are left before anything is made of it, so what is allocated stays below the size of the file. Tensors are
+copied out of the file: a program that touches a map of a file that was cut short is killed by the system.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
+import io
 import mmap
+import os
 import struct
+import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +64,7 @@ class Tensor:
         name: up to 63 bytes.
         shape: as numpy counts: the last axis is contiguous (the file states it reversed).
         kind: how numbers are encoded.
-        data: rows (r, b) of encoded bytes, r the product of all axes but the last; or, for writing only, what makes them.
+        data: rows (r, b) of encoded bytes, r the product of all axes but the last; or what reads or makes them.
     """
 
     name: str
@@ -68,7 +74,11 @@ class Tensor:
 
     @property
     def rows(self) -> NDArray[np.uint8]:
-        """The encoded bytes (r, b)."""
+        """The encoded bytes (r, b), read or made anew at each call where they are not held.
+
+        Raises:
+            CorruptDataError: the file was changed or cut short after it was opened.
+        """
         return self.data() if callable(self.data) else self.data
 
     @property
@@ -126,7 +136,7 @@ def _text(content: mmap.mmap | bytes, start: int, end: int) -> str:
 
 @dataclass(frozen=True)
 class GGUF:
-    """What a GGUF file holds; tensors and arrays are views of the file."""
+    """What a GGUF file holds; arrays are views of the file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -142,13 +152,35 @@ def read_gguf(path: Path) -> GGUF:
         CorruptDataError: its header contradicts itself or its size.
     """
     try:
-        with open(path, "rb") as file:
-            if file.read(4) != MAGIC:
-                raise UsageError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 tensors are read from it as long as they are held
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"{path}: no such file") from None
-    return _Reader(path, content).read()
+    if file.read(4) != MAGIC:
+        raise UsageError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _Reader(path, content, _Source(path, file)).read()
+
+
+class _Source:
+    """The open file that tensors are read from, as it was when it was opened."""
+
+    def __init__(self, path: Path, file: io.FileIO) -> None:
+        self._path, self._file, self._lock = path, file, threading.Lock()
+        self._changed = os.fstat(file.fileno()).st_mtime_ns
+
+    def read(self, start: int, rows: int, width: int) -> NDArray[np.uint8]:
+        rows_rb = np.empty((rows, width), np.uint8)
+        left = rows_rb.data.cast("B")
+        with self._lock:
+            self._file.seek(start)
+            while left:
+                count = self._file.readinto(left)
+                if not count:
+                    raise CorruptDataError(f"{self._path}: was cut short while it was read; {_REMEDY}")
+                left = left[count:]
+            if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:
+                raise CorruptDataError(f"{self._path}: was changed while it was read; open it again when it is whole")
+        return rows_rb
 
 
 _REMEDY = "fetch or export the file again"
@@ -156,8 +188,9 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class _Reader:
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
+    def __init__(self, path: Path, content: mmap.mmap, source: _Source) -> None:
         self.path, self.content, self.size, self.at = path, content, len(content), len(MAGIC)
+        self.source = source
 
     def read(self) -> GGUF:
         version = self.number(_U32, "version")
@@ -234,8 +267,9 @@ class _Reader:
             if data + offset + size > self.size:
                 missing = data + offset + size - self.size
                 self.fail(f"tensor '{name}' ends {missing:,} bytes behind the file, which is truncated or lies")
-            rows = np.frombuffer(self.content, np.uint8, size, data + offset)
-            found[name] = Tensor(name, shape, kind, rows.reshape(-1, kind.row_bytes(shape[-1])))
+            width = kind.row_bytes(shape[-1])
+            read = functools.partial(self.source.read, data + offset, size // width, width)
+            found[name] = Tensor(name, shape, kind, read)
             end = offset + size + -size % alignment
         return found
 

@@ -9,7 +9,8 @@ An *unshared* file is what stock llama.cpp loads. Names and metadata are llama.c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -48,9 +49,19 @@ class GGUFModel:
     shape: ModelConfig
     tensors: dict[str, Tensor]
     """The stored weights by this project's names (those of ``MobiLlama.state_dict()``), each once, bytes as in the file."""
-    tokenizer: Tokenizer
-    metadata: dict[str, Any]
-    """All that the file states."""
+    file: GGUF | None = None
+    """Where they are from."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer, built when it is first asked for: that takes longer than all else.
+
+        Raises:
+            UsageError: it is of a type that is not known here.
+            CorruptDataError: it contradicts itself.
+        """
+        assert self.file is not None, "made of tensors, not of a file"
+        return read_tokenizer(self.file)
 
 
 def stored_names(shape: ModelConfig) -> dict[str, str]:
@@ -114,11 +125,11 @@ def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
         raise UsageError(f"{path}: stores once what layers share, so there are no copies to keep; leave out --unshared")
     if missing:
         raise CorruptDataError(f"{path}: holds no tensor '{missing[0]}'; fetch or export the file again")
-    for theirs in file.tensors.keys() - names.keys():
-        original = next(name for name, ours in names.items() if ours == repeated[theirs])
-        if not np.array_equal(file.tensors[theirs].rows, file.tensors[original].rows):
+    for original, ours in names.items():
+        copies = [theirs for theirs in file.tensors.keys() - names.keys() if repeated[theirs] == ours]
+        if differing := _first_that_differs(file, original, copies):
             raise CorruptDataError(
-                f"{path}: '{theirs}' is to be the same as '{original}' ({SHARE_KEY} says) and differs; import it with "
+                f"{path}: '{differing}' is to be the same as '{original}' ({SHARE_KEY} says) and differs; import it with "
                 "--unshared to keep each"
             )
     tensors = {}
@@ -130,7 +141,7 @@ def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
                 f"{path}: '{theirs}' has the shape {tensor.shape}, not {wanted} as its metadata demand"
             )
         tensors[name] = _reordered(tensor, name, name, shape, _half_apart)
-    return GGUFModel(shape, tensors, read_tokenizer(file), file.metadata)
+    return GGUFModel(shape, tensors, file)
 
 
 def write_model(
@@ -296,17 +307,26 @@ def _found_share(file: GGUF, layers: int) -> Any:
     """Return what all layers of a file that does not say have in common, from a look up to the first difference."""
 
     def equal(parts: Iterable[str]) -> bool:
-        names = [(f"blk.0.{part}", f"blk.{index}.{part}") for index in range(1, layers) for part in parts]
         return all(
-            one in file.tensors
-            and other in file.tensors
-            and np.array_equal(file.tensors[one].rows, file.tensors[other].rows)
-            for one, other in names
+            f"blk.0.{part}" in file.tensors
+            and not _first_that_differs(file, f"blk.0.{part}", [f"blk.{index}.{part}" for index in range(1, layers)])
+            for part in parts
         )
 
     if not 1 < layers <= len(file.tensors) or not equal(_FFN):
         return "none"
     return "block" if equal([name for name in _LAYER if f"blk.0.{name}" in file.tensors]) else "ffn"
+
+
+def _first_that_differs(file: GGUF, original: str, copies: Sequence[str]) -> str | None:
+    """Return the first of some tensors that is missing or not the same as another."""
+    if not copies:
+        return None
+    rows = file.tensors[original].rows
+    differing = (
+        name for name in copies if name not in file.tensors or not np.array_equal(file.tensors[name].rows, rows)
+    )
+    return next(differing, None)
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,8 @@ from mobillama.record.environment import available_cores
 
 E = TypeVar("E")
 _NO_MEMORY, _NOT_FINITE = -1, -2
+_MOST_POSITIONS = 1 << 24
+_PARTS = {"attention": 1, "network": 2, "head": 4}
 _MATRICES = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
 }  # fmt: skip
@@ -65,6 +68,8 @@ class NativeBatchEngine:
         shape = model.shape
         self.slots, self.vocab_size = slots, shape.vocab_size
         self.context_length = context_length or shape.max_position_embeddings
+        if self.context_length > _MOST_POSITIONS:
+            raise MobiLlamaError(_TOO_LARGE)
         self._lengths = [0] * slots
         self._library = library()
         self._chunk = self._library.mobillama_chunk()
@@ -92,8 +97,7 @@ class NativeBatchEngine:
                 f"native engine: no memory, or no kernels '{with_kernels}'; known: {', '.join(kernels())}"
             )
         self._load(model)
-        most_rows = max(tensor.shape[0] for tensor in model.tensors.values())
-        self._products = np.empty(most_rows * self._chunk, np.float32)  # takes memory only where it is written
+        self._most_rows = max(tensor.shape[0] for tensor in model.tensors.values())
         weights = sum(tensor.nbytes for tensor in model.tensors.values())
         table = model.tensors[EMBEDDING].nbytes if HEAD in model.tensors else 0
         self.memory = Memory(weights, weights - table, self._library.mobillama_cache_bytes(self._model))
@@ -139,13 +143,19 @@ class NativeBatchEngine:
         """Forget all tokens of a slot from position ``length`` on."""
         self._lengths[slot] = min(length, self._lengths[slot])
 
-    def multiply_only(self, tokens: int) -> None:
-        """Do the matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
+    def multiply_only(self, tokens: int, parts: Sequence[str] = tuple(_PARTS)) -> None:
+        """Do matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
 
         Args:
             tokens: number of vectors that each matrix is multiplied with, at most a chunk.
+            parts: attention, network, head.
         """
-        self._library.mobillama_multiply_only(self._model, min(tokens, self._chunk), self._products.ctypes.data)
+        mask = sum(_PARTS[part] for part in parts)
+        self._library.mobillama_multiply_only(self._model, mask, min(tokens, self._chunk), self._products.ctypes.data)
+
+    @functools.cached_property
+    def _products(self) -> NDArray[np.float32]:
+        return np.empty(self._most_rows * self._chunk, np.float32)
 
     def _feed(self, work: Sequence[tuple[int, Sequence[int]]], each: bool) -> NDArray[np.float32]:
         check_work(work, self)

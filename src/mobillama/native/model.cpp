@@ -6,6 +6,9 @@
 // Every product is cut by rows, the same rows for the same thread at every layer. So the part of the shared feed-forward
 // network that a core multiplies with is the same at every layer and stays in its cache; only attention weights stream by.
 #include <sys/mman.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -179,8 +182,8 @@ public:
         qkv = allocate_floats((size_t)CHUNK * qkv_width);
         mixed = allocate_floats((size_t)CHUNK * queries);
         gated = allocate_floats((size_t)CHUNK * std::max(shape.inner, queries));
-        cosine = allocate_floats((size_t)shape.context * shape.head_width / 2);
-        sine = allocate_floats((size_t)shape.context * shape.head_width / 2);
+        cosine = allocate_floats((size_t)CHUNK * shape.head_width / 2);
+        sine = allocate_floats((size_t)CHUNK * shape.head_width / 2);
         shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         cache = (uint8_t*)allocate(cache_bytes());
@@ -196,14 +199,8 @@ public:
             complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads && own[t].head_blocks;
         }
         if (!complete) return false;
-        const int half = shape.head_width / 2;
-        for (int i = 0; i < half; i++) {
-            const float frequency = (float)std::pow((double)shape.theta, -2.0 * i / shape.head_width);
-            for (int position = 0; position < shape.context; position++) {
-                cosine[(size_t)position * half + i] = std::cos((float)position * frequency);
-                sine[(size_t)position * half + i] = std::sin((float)position * frequency);
-            }
-        }
+        for (int i = 0; i < shape.head_width / 2; i++)
+            frequencies.push_back((float)std::pow((double)shape.theta, -2.0 * i / shape.head_width));
         return true;
     }
 
@@ -225,14 +222,18 @@ public:
         pool.run([&](int t) { forward(t, ids, logits); });
     }
 
-    // Only the products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at
-    // best: for measuring. `out` has room for n times the rows of the largest matrix.
-    void multiply_only(int n, float* out) {
+    // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
+    // measuring. Parts: 1 attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of
+    // the largest matrix.
+    void multiply_only(int parts, int n, float* out) {
         pool.run([&](int t) {
-            for (const Layer& layer : layers)
-                for (int number : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down})
-                    multiply_only(t, matrices[number], n, out);
-            multiply_only(t, matrices[head], n, out);
+            for (const Layer& layer : layers) {
+                if (parts & 1)
+                    for (int number : {layer.q, layer.k, layer.v, layer.o}) multiply_one(t, matrices[number], n, out);
+                if (parts & 2)
+                    for (int number : {layer.gate, layer.up, layer.down}) multiply_one(t, matrices[number], n, out);
+            }
+            if (parts & 4) multiply_one(t, matrices[head], n, out);
         });
     }
 
@@ -283,7 +284,14 @@ private:
 
     void forward(int t, const int32_t* ids, float* logits) {
         const int n = (int)places.size();
-        for (int c = t; c < n; c += pool.size()) kernels.row(matrices[embedding], ids[c], x + (size_t)c * shape.width);
+        for (int c = t; c < n; c += pool.size()) {
+            kernels.row(matrices[embedding], ids[c], x + (size_t)c * shape.width);
+            for (size_t i = 0; i < frequencies.size(); i++) {
+                const float angle = (float)places[c].position * frequencies[i];
+                cosine[c * frequencies.size() + i] = std::cos(angle);
+                sine[c * frequencies.size() + i] = std::sin(angle);
+            }
+        }
         pool.barrier();
         for (int l = 0; l < shape.layers; l++) {
             const Layer& layer = layers[l];
@@ -319,7 +327,7 @@ private:
         kernels.multiply(m, mine.first, mine.last, its, out, stride, add);
     }
 
-    void multiply_only(int t, const Matrix& m, int n, float* out) {
+    void multiply_one(int t, const Matrix& m, int n, float* out) {
         multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n}, out, m.rows, false);
     }
 
@@ -350,7 +358,7 @@ private:
             float* head = qkv + (size_t)c * qkv_width + h * d;  // keys follow queries
             const int norm = query ? layer.query_norm : layer.key_norm;
             if (norm >= 0) kernels.normalise(head, vectors[norm].data(), shape.eps, d, head);
-            kernels.rotate(head, cosine + (size_t)position * d / 2, sine + (size_t)position * d / 2, d,
+            kernels.rotate(head, cosine + (size_t)c * d / 2, sine + (size_t)c * d / 2, d,
                            query ? 1.0f / std::sqrt((float)d) : 1.0f);
             if (!query) {
                 const Cache its = cache_of(places[c].slot, l, h - shape.heads, position + 1);
@@ -443,6 +451,7 @@ private:
     std::vector<Place> places;  // of the pass at hand
     std::vector<Tile> tiles;
     std::vector<int> wanted;
+    std::vector<float> frequencies;
     float *x, *normed, *qkv, *mixed, *gated, *cosine, *sine;
     Activations *shared, *inner;
     uint8_t* cache = nullptr;
@@ -475,11 +484,15 @@ API int mobillama_add_matrix(Model* model, int kind, int rows, int columns, cons
 
 API int mobillama_add_vector(Model* model, const float* values, int n) { return model->add_vector(values, n); }
 
+// What loading left behind in the heap goes back to the system.
 API int mobillama_prepare(Model* model, const Layer* layers, int n, int embedding, int head, int final_norm) {
     model->layers.assign(layers, layers + n);
     model->embedding = embedding;
     model->head = head;
     model->final_norm = final_norm;
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
     return model->prepare();
 }
 
@@ -491,4 +504,4 @@ API void mobillama_feed(Model* model, const int32_t* ids, const Run* runs, int c
     model->feed(ids, runs, count, logits);
 }
 
-API void mobillama_multiply_only(Model* model, int n, float* out) { model->multiply_only(n, out); }
+API void mobillama_multiply_only(Model* model, int parts, int n, float* out) { model->multiply_only(parts, n, out); }

@@ -591,13 +591,14 @@ def native_parity() -> str:
 def native_lookup() -> str:
     """Return what guessing ahead saves, and some of the answers."""
     result = load("lookup")
-    lines = ["| prompts | guesses | tokens | passes | tokens a pass | guesses kept |", "|---|" + "---:|" * 5]
+    lines = ["| prompts | guesses | tokens | passes | tokens a pass | guesses kept | tokens/s |", "|---|" + "---:|" * 6]
     for kind, widths in result["widths"].items():
         for width, its in widths.items():
             guessed = its["fed"] - its["passes"]
             kept = f"{(its['tokens'] - its['passes']) / guessed:.0%}" if guessed else ""
             lines.append(
-                f"| {kind} | {width} | {its['tokens']:,.0f} | {its['passes']:,.0f} | {its['tokens'] / its['passes']:.2f} | {kept} |"
+                f"| {kind} | {width} | {its['tokens']:,.0f} | {its['passes']:,.0f} | {its['tokens'] / its['passes']:.2f} | {kept} "
+                f"| {its['tokens'] / its['seconds']:.1f} |"
             )
     answers = list(result["answers"].items())
     lines += [
@@ -606,7 +607,8 @@ def native_lookup() -> str:
         "",
     ]
     lines += [f"- *{prompt.splitlines()[0]}* {' '.join(answer.split())}" for prompt, answer in answers[::17]]
-    return "\n".join([*lines, "", f"`python benchmarks/lookup.py`; {_measured(result['environment'])}."])
+    remark = f"; {result['remark']}" if result["remark"] else ""
+    return "\n".join([*lines, "", f"`python benchmarks/lookup.py`{remark}; {_measured(result['environment'])}."])
 
 
 def _measured(environment: dict[str, Any], *packages: str) -> str:

@@ -1,124 +1,179 @@
 """The native engine against its own bounds: bare products, decoding and prefill of models in one process that take turns.
 
-    python benchmarks/kernels.py shared.gguf unshared.gguf --threads 2 [--rounds 9] [--out kernels.json]
+    python benchmarks/kernels.py shared.gguf large-base.gguf --threads 2 [--rounds 9]
 
 A round times, for each model in another order: the products of a decoded token and nothing else (no norms, attention or
-waiting for other threads), the same for 8 and for 64 tokens at once, decoding from 64 tokens on, and a prefill of 512. The
-bytes that a token touches over its time tell how far the kernels are from the memory's speed, which is measured in each
-round too. Put models that differ in sharing alone beside each other: the ratio of their bare products is what sharing can
-gain, the ratio of decoding what it does gain.
+waiting for other threads), whole and part by part; the same for 8 and for 64 tokens at once; decoding from 64 tokens on, of one
+sequence and of eight together, and from 900 tokens on with keys and values of 8 and of 16 bits; a prefill of 512. The bytes
+that a part touches over its time tell how far its kernel is from the speed at which plain reading goes through memory and
+through the cache, which is measured in each round too. Put models that differ in sharing alone beside each other: the ratio of
+their bare products is what sharing can gain, the ratio of decoding what it does gain. Before, each model is opened in a process
+of its own, which tells the memory that it takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
-from mobillama.engine.native_engine import NativeEngine
+from mobillama.engine.native_engine import NativeBatchEngine
 from mobillama.native.library import kernels
 from mobillama.record.environment import environment
 from mobillama.record.files import write_json
 
-DECODED = 48
+RESULTS = Path(__file__).parent / "results" / "kernels.json"
+PARTS = ("attention", "network", "head")
+DECODED, SLOTS, CONTEXT, FAR = 32, 8, 1024, 900
 
 
-def touched(model: GGUFModel) -> int:
-    """Return the bytes of weights that a token is multiplied with, a shared weight counted at each use."""
+def touched(model: GGUFModel) -> dict[str, int]:
+    """Return the bytes of weights of each part that a token is multiplied with, a shared weight counted at each use."""
     sizes = {name: tensor.nbytes for name, tensor in model.tensors.items() if len(tensor.shape) == 2}
-    total = sizes[HEAD if HEAD in sizes else EMBEDDING]
+    found = dict.fromkeys(PARTS, 0)
+    found["head"] = sizes[HEAD if HEAD in sizes else EMBEDDING]
     for block, ffn in model.shape.layer_weights:
-        starts = (f"model.layers.{block}.", f"model.ffns.{ffn}.")
-        total += sum(size for name, size in sizes.items() if name.startswith(starts))
-    return total
-
-
-def per_second(tokens: int, work: Callable[[], object]) -> float:
-    """Return the tokens that a call makes in a second."""
-    start = time.perf_counter()
-    work()
-    return tokens / (time.perf_counter() - start)
-
-
-def turn_of(engine: NativeEngine) -> dict[str, float]:
-    """Return tokens per second of each kind of work."""
-    found = {f"products of {n}": per_second(n, lambda n=n: engine.multiply_only(n)) for n in (8, 64)}
-    found["products"] = per_second(10, lambda: [engine.multiply_only(1) for _ in range(10)])
-    engine.truncate(0)
-    found["prefill 512"] = per_second(512, lambda: engine.feed(list(range(3, 515))))
-    engine.truncate(64)
-    found["decode"] = per_second(DECODED, lambda: [engine.feed([token + 3]) for token in range(DECODED)])
+        for part, start in (("attention", f"model.layers.{block}."), ("network", f"model.ffns.{ffn}.")):
+            found[part] += sum(size for name, size in sizes.items() if name.startswith(start))
     return found
 
 
-def memory_speed(threads: int, arrays: list[np.ndarray]) -> float:
-    """Return bytes per second read from memory by all threads together."""
+def per_second(amount: float, work: Callable[[], object]) -> float:
+    """Return how much of something a call does in a second."""
+    start = time.perf_counter()
+    work()
+    return amount / (time.perf_counter() - start)
+
+
+def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict[str, int]) -> dict[str, float]:
+    """Return tokens per second of each kind of work, and bytes per second of each part of a token's products."""
+    found = {f"products of {n}": per_second(n, lambda n=n: engine.multiply_only(n)) for n in (SLOTS, 64)}
+    found["products"] = per_second(10, lambda: [engine.multiply_only(1) for _ in range(10)])
+    for part, size in bytes_of.items():
+        found[f"bytes of {part}"] = per_second(
+            10 * size, lambda p=part: [engine.multiply_only(1, [p]) for _ in range(10)]
+        )
+    prompt = list(range(3, FAR + 3))
+    for slot in range(SLOTS):
+        engine.truncate(slot, 0)
+    found["prefill 512"] = per_second(512, lambda: engine.feed([(0, prompt[:512])]))
+    engine.feed([(0, prompt[512:])])
+    halves.truncate(0, 0)
+    halves.feed([(0, prompt)])
+    for name, its in (("far", engine), ("far, 16 bits", halves)):
+        found[f"decode {name}"] = per_second(
+            DECODED, lambda its=its: [its.feed([(0, [t + 3])]) for t in range(DECODED)]
+        )
+    engine.truncate(0, 64)
+    found["decode"] = per_second(DECODED, lambda: [engine.feed([(0, [t + 3])]) for t in range(DECODED)])
+    engine.truncate(0, 64)
+    engine.feed([(slot, prompt[:64]) for slot in range(1, SLOTS)])
+    found[f"decode {SLOTS}"] = per_second(
+        SLOTS * DECODED, lambda: [engine.feed([(s, [t + 3]) for s in range(SLOTS)]) for t in range(DECODED)]
+    )
+    return found
+
+
+def reading_speed(threads: int, arrays: list[np.ndarray]) -> float:
+    """Return bytes per second read by all threads together."""
     with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(np.max, arrays))
         return per_second(sum(array.nbytes for array in arrays), lambda: list(pool.map(np.max, arrays)))
 
 
+def resident() -> int:
+    """Return the bytes of memory that this process takes, pages of mapped files among them."""
+    status = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.findall(r"^Rss:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024
+
+
+def speak_memory(path: Path, threads: int) -> None:
+    """Print what a process takes more once it has opened a model, and once it has decoded with it."""
+    kernels()
+    before, start = resident(), time.perf_counter()
+    engine = NativeBatchEngine.load(path, 1, threads)
+    loaded, seconds = resident(), time.perf_counter() - start
+    engine.feed([(0, list(range(3, 67)))])
+    for token in range(8):
+        engine.feed([(0, [token])])
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+    facts = {"loaded": loaded - before, "decoded": resident() - before, "peak": peak - before}
+    print(json.dumps({"load_seconds": seconds, "weights": engine.memory.weights, **facts}))
+
+
 def main() -> None:
-    """Measure, print, and record if asked."""
+    """Measure, print, and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--kernels", choices=kernels(), default=kernels()[0])
     parser.add_argument("--remark", default="", help="what readers must know, e.g. 'random weights'")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--speak-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.speak_memory:
+        speak_memory(args.models[0], args.threads)
+        return
 
-    engines, bytes_touched, loading = {}, {}, {}
+    engines: dict[str, tuple[NativeBatchEngine, NativeBatchEngine, dict[str, int]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for path in args.models:
-        start = time.perf_counter()
+        command = [sys.executable, __file__, str(path), "--threads", str(args.threads), "--speak-memory"]
+        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         model = read_model(path)
-        engines[path.name] = NativeEngine(model, args.threads, args.kernels)
-        engines[path.name].feed([1])
-        loading[path.name] = time.perf_counter() - start
-        bytes_touched[path.name] = touched(model)
+        made = [
+            NativeBatchEngine(model, slots, args.threads, args.kernels, cache=cache, context_length=CONTEXT)
+            for slots, cache in ((SLOTS, ""), (1, "f16"))
+        ]
+        engines[path.name] = (made[0], made[1], touched(model))
+        rows[path.name] = {"memory": memory, "bytes_touched": touched(model)}
+        rows[path.name]["bytes_stored_read_per_token"] = made[0].memory.read_per_token
+        networks = {ffn for _, ffn in model.shape.layer_weights}
+        rows[path.name] |= {"layers": model.shape.num_hidden_layers, "networks": len(networks)}
         del model
-    arrays = [np.zeros(32 << 20, np.float32) for _ in range(args.threads)]
+    arrays = [np.ones(32 << 20, np.float32) for _ in range(args.threads)]
+    small = [np.ones((16 << 20) // 4 // args.threads, np.float32) for _ in range(args.threads)]
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
-    limits = []
+    limits: dict[str, list[float]] = {"memory": [], "cache": []}
     for turn in range(args.rounds + 1):
-        limits.append(memory_speed(args.threads, arrays))
+        limits["memory"].append(reading_speed(args.threads, arrays))
+        limits["cache"].append(reading_speed(args.threads, small))
         names = list(engines)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            its = turn_of(engines[name])
+            its = turn_of(*engines[name])
             if turn:  # the first one warms up
                 for key, value in its.items():
                     figures[name].setdefault(key, []).append(value)
 
-    rows = {}
-    print(
-        f"{args.kernels}, {args.threads} threads; memory read at {max(limits) / 1e9:.1f} GB/s; tokens/s median (best)"
-    )
     for name, its in figures.items():
         medians = {key: statistics.median(values) for key, values in its.items()}
-        rows[name] = {
-            "tokens_per_second": {key: {"median": medians[key], "all": values} for key, values in its.items()},
+        rows[name] |= {
+            "per_second": {key: {"median": medians[key], "all": values} for key, values in its.items()},
             "decode_of_products": statistics.median(np.divide(its["decode"], its["products"])),
-            "bytes_touched_per_token": bytes_touched[name],
-            "bytes_stored_read_per_token": engines[name].memory.read_per_token,
-            "touched_bytes_per_second": medians["decode"] * bytes_touched[name],
-            "load_and_first_token_seconds": loading[name],
+            f"decode_{SLOTS}_of_decode": statistics.median(np.divide(its[f"decode {SLOTS}"], its["decode"])),
         }
-        print(f"{name}: ", ", ".join(f"{key} {medians[key]:.1f} ({max(values):.1f})" for key, values in its.items()))
-        touched_mb, speed = bytes_touched[name] / 1e6, medians["decode"] * bytes_touched[name] / 1e9
+        print(f"{name}: ", ", ".join(f"{key} {value:,.1f}" for key, value in medians.items()))
+        ratios = rows[name]["decode_of_products"], rows[name][f"decode_{SLOTS}_of_decode"]
         print(
-            f"    decode / products {rows[name]['decode_of_products']:.2f}; {touched_mb:.0f} MB touched a token, "
-            f"{speed:.1f} GB/s; load and first token {loading[name]:.2f} s"
+            f"    decode / products {ratios[0]:.2f}; decode of {SLOTS} / of one {ratios[1]:.2f}; {rows[name]['memory']}"
         )
-    if args.out:
-        facts = {"kernels": args.kernels, "threads": args.threads, "rounds": args.rounds, "remark": args.remark}
-        write_json(args.out, {**facts, "memory_bytes_per_second": limits, "models": rows, "environment": environment()})
+    facts = {"kernels": args.kernels, "threads": args.threads, "rounds": args.rounds, "remark": args.remark}
+    write_json(
+        args.results, {**facts, "reading_bytes_per_second": limits, "models": rows, "environment": environment()}
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -498,7 +499,9 @@ def fuzz() -> str:
     result = load("fuzz")
     lines = ["| reader | files tried | refused | still readable | failures | slowest | Python allocated at most |"]
     lines.append("|---|" + "---:|" * 6)
-    for name, facts in result["readers"].items():
+    readers = result["readers"] | load("fuzz-native")["readers"]
+    readers |= {f"{name}, under sanitizers": facts for name, facts in load("fuzz-sanitized")["readers"].items()}
+    for name, facts in readers.items():
         counts = facts["outcomes"]
         refused = sum(count for outcome, count in counts.items() if outcome not in ("read", "failure"))
         lines.append(
@@ -512,7 +515,7 @@ def fuzz() -> str:
             "",
             f"A failure is another error than ours, more than two seconds, or more memory than twice the file; the files mutated "
             f"have {min(sizes) / 2**10:.0f}–{max(sizes) / 2**10:.0f} KiB. `python benchmarks/fuzz.py`; "
-            f"{_measured(result['environment'])}.",
+            f"{_measured(result['environment'])}; native engine: {_measured(load('fuzz-sanitized')['environment'])}.",
         ]
     )
 
@@ -565,6 +568,97 @@ def _cell(answer: str) -> str:
     return text if len(text) <= 120 else text[:120].rstrip() + " …"
 
 
+def native_kernels() -> str:
+    """Return the native engine's roofline, and what it makes of it."""
+    result = load("kernels")
+    limits = {place: statistics.median(values) for place, values in result["reading_bytes_per_second"].items()}
+    lines = [
+        "| model | product | MB a token | from | GB/s | limit | of limit |",
+        "|---|---|---:|---|---:|---:|---:|",
+    ]
+    for name, row in result["models"].items():
+        for part, size in row["bytes_touched"].items():
+            place = "cache" if part == "network" and row["networks"] == 1 else "memory"
+            speed = row["per_second"][f"bytes of {part}"]["median"]
+            lines.append(
+                f"| {name} | {part} | {size / 1e6:.1f} | {place} | {speed / 1e9:.1f} | {limits[place] / 1e9:.1f} "
+                f"| {speed / limits[place]:.0%} |"
+            )
+    lines += [
+        "",
+        "| model | products alone | decode | of products | 8 together | of one | at 900 tokens | with 16-bit cache | prefill 512 "
+        "| MiB of weights in the file | in memory, loaded | after decoding | at most |",
+        "|---|" + "---:|" * 12,
+    ]
+    for name, row in result["models"].items():
+        its = {key: value["median"] for key, value in row["per_second"].items()}
+        memory = row["memory"]
+        sizes = [memory[key] / 2**20 for key in ("weights", "loaded", "decoded", "peak")]
+        lines.append(
+            f"| {name} | {its['products']:.1f} | {its['decode']:.1f} | {row['decode_of_products']:.2f} | {its['decode 8']:.1f} "
+            f"| {row['decode_8_of_decode']:.2f} | {its['decode far']:.1f} | {its['decode far, 16 bits']:.1f} "
+            f"| {its['prefill 512']:.1f} | {sizes[0]:.1f} | {sizes[1]:.1f} ({sizes[1] / sizes[0]:.3f}) | {sizes[2]:.1f} "
+            f"| {sizes[3]:.1f} |"
+        )
+    remark = f"; {result['remark']}" if result["remark"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Medians of {result['rounds']} rounds, tokens/s where nothing else is said; {result['kernels']}, {result['threads']} "
+            f"threads{remark}. Memory is what the process takes more than before it opened the model, mapped pages among it. "
+            f"`python benchmarks/kernels.py`; {_measured(result['environment'])}.",
+        ]
+    )
+
+
+def native_parity() -> str:
+    """Return how the native engine compares with llama.cpp and torch on real text."""
+    lines = [
+        "| file | bits per byte: torch | llama.cpp | native | beside llama.cpp | with 16-bit cache "
+        "| same likeliest token: native, llama.cpp | llama.cpp, torch | native, torch |",
+        "|---|" + "---:|" * 8,
+    ]
+    for name, row in load("native-parity").items():
+        bits, same = row["bits_per_byte"], row["same_likeliest_token"]
+        lines.append(
+            f"| {name} | {bits['torch']:.4f} | {bits['llama.cpp']:.4f} | {bits['native']:.4f} "
+            f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} | {same['llama.cpp, native']:.1%} "
+            f"| {same['llama.cpp, torch']:.1%} | {same['native, torch']:.1%} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{row['tokens']:,} tokens of articles in passages of {row['passage']:,}; llama-cpp-python {row['llama_cpp_python']}. "
+            f"`python benchmarks/native_parity.py`; {_measured(row['environment'])}.",
+        ]
+    )
+
+
+def native_lookup() -> str:
+    """Return what guessing ahead saves, and some of the answers."""
+    result = load("lookup")
+    lines = ["| prompts | guesses | tokens | passes | tokens a pass | guesses kept | tokens/s |", "|---|" + "---:|" * 6]
+    for kind, widths in result["widths"].items():
+        for width, its in widths.items():
+            guessed = its["fed"] - its["passes"]
+            kept = f"{(its['tokens'] - its['passes']) / guessed:.0%}" if guessed else ""
+            lines.append(
+                f"| {kind} | {width} | {its['tokens']:,.0f} | {its['passes']:,.0f} | {its['tokens'] / its['passes']:.2f} | {kept} "
+                f"| {its['tokens'] / its['seconds']:.1f} |"
+            )
+    answers = list(result["answers"].items())
+    lines += [
+        "",
+        f"{len(answers)} greedy answers of {result['model']} are in benchmarks/results/lookup.json. Every 17th:",
+        "",
+    ]
+    lines += [f"- *{prompt.splitlines()[0]}* {' '.join(answer.split())}" for prompt, answer in answers[::17]]
+    remark = f"; {result['remark']}" if result["remark"] else ""
+    return "\n".join([*lines, "", f"`python benchmarks/lookup.py`{remark}; {_measured(result['environment'])}."])
+
+
 def _measured(environment: dict[str, Any], *packages: str) -> str:
     """Return machine, versions of some packages, date and commit, with the + of a checkout that differed from it."""
     commit = environment["commit"]
@@ -588,6 +682,9 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
     "quantize": (ROOT / "docs" / "on-device.md", quantize),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
+    "native-kernels": (ROOT / "docs" / "on-device.md", native_kernels),
+    "native-lookup": (ROOT / "docs" / "on-device.md", native_lookup),
+    "native-parity": (ROOT / "docs" / "on-device.md", native_parity),
     "inference": (ROOT / "docs" / "on-device.md", inference),
     "decode-gpu": (ROOT / "docs" / "on-device.md", decode_gpu),
     "browser": (ROOT / "docs" / "on-device.md", browser),

@@ -21,7 +21,7 @@ from mobillama.engine.torch_gguf import decode_weights
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.native.build import CannotBuild
-from mobillama.native.library import kernels, library
+from mobillama.native.library import _remove_unused, kernels, library
 from mobillama.recipe import ModelConfig
 
 try:
@@ -324,3 +324,26 @@ def test_what_becomes_of_the_file_once_it_is_loaded_is_all_the_same(gguf, tmp_pa
 def test_more_threads_than_rows_compute_the_same():
     model = model_of("q4_0", head_dim=32)
     assert np.array_equal(NativeEngine(model, 40).feed(IDS[:5]), NativeEngine(model, 1).feed(IDS[:5]))
+
+
+def test_libraries_that_nobody_loads_any_more_are_removed(tmp_path):
+    old, other, foreign = (tmp_path / name for name in ("libmobillama-0.so", "libmobillama-1.so", "libmine.so"))
+    for file in (old, other, foreign):
+        file.touch()
+    for file in (old, foreign):
+        os.utime(file, (1, 1))
+    _remove_unused(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [foreign, other]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "f32"])
+def test_numbers_that_overflow_end_nothing(kind):
+    model = model_of(kind, head_dim=32)
+    norms = {name: its for name, its in model.tensors.items() if name.endswith("layernorm.weight")}
+    huge = {
+        name: dataclasses.replace(its, data=encode(np.full((1, 160), 3e38), its.kind)) for name, its in norms.items()
+    }
+    broken = dataclasses.replace(model, tensors=model.tensors | huge)
+    for name in kernels():
+        engine = NativeBatchEngine(broken, 2, 1, name)
+        assert not np.isfinite(engine.feed([(0, IDS[:40]), (1, IDS[:3])])).all()

@@ -191,14 +191,17 @@ void normalise(const float* x, const float* weight, float eps, int n, float* y) 
     for (; i < n; i++) y[i] = x[i] * factor * weight[i];
 }
 
+// Whole numbers that eight bits hold, also of what is infinite or no number.
+inline V code(V x) { return larger(smaller(nearest(x), set(127)), set(-127)); }
+
 void quantize(const float* x, int n, Activations* blocks, int stride) {
     for (int g = 0; g < n / BLOCK; g++, x += BLOCK, blocks += stride) {
         const V a = load(x), b = load(x + 16);
         const float most = largest(larger(magnitude(a), magnitude(b)));
         const V inverse = set(most > 0 ? 127.0f / most : 0.0f);
         blocks->scale = most / 127.0f;
-        const int first = store_codes(blocks->codes, nearest(mul(a, inverse)));
-        const int second = store_codes(blocks->codes + 16, nearest(mul(b, inverse)));
+        const int first = store_codes(blocks->codes, code(mul(a, inverse)));
+        const int second = store_codes(blocks->codes + 16, code(mul(b, inverse)));
         blocks->minus_eight_sums = -8 * (first + second);
     }
 }
@@ -264,7 +267,7 @@ float store_codes_of(const Matrix& keys, const Matrix& values, const float* key,
         uint8_t* pair = values.data + (size_t)(i / PANEL) * values.panel_bytes + (size_t)(g / 2) * layout.pair_bytes;
         if (k == 0) memcpy(pair + g % 2 * 32, halves, sizeof halves);
         int8_t codes[PANEL];
-        store_codes(codes, nearest(mul(load(value + i), inverse)));
+        store_codes(codes, code(mul(load(value + i), inverse)));
         uint8_t* column = pair + layout.codes + g % 2 * layout.block_bytes + k / 4 * 64 + k % 4;
         for (int j = 0; j < PANEL; j++) column[4 * j] = (uint8_t)codes[j];
     }

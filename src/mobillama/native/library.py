@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 from mobillama.native.build import SOURCES, CannotBuild, build, library_name
@@ -41,6 +43,7 @@ class Run(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("slot", "start", "tokens", "wanted")]
 
 
+_KEPT_SECONDS = 30 * 24 * 3600
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS = {
     "kernels": (ctypes.c_char_p, []),
@@ -68,6 +71,9 @@ def library() -> ctypes.CDLL:
         if path is None:
             print("mobillama: compiling the native decoder, once for this version …", file=sys.stderr)
             path = build(_cache())
+            _remove_unused(_cache())
+        elif path.parent == _cache():
+            path.touch()  # used, so kept
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise CannotBuild(f"the native decoder cannot be kept or loaded: {error}") from None
@@ -84,6 +90,14 @@ def kernels() -> list[str]:
         CannotBuild: see :func:`library`.
     """
     return str(library().mobillama_kernels().decode()).splitlines()
+
+
+def _remove_unused(cache: Path) -> None:
+    """Remove libraries of other versions that nobody has loaded for long."""
+    for library_file in cache.glob("libmobillama-*.so"):
+        with contextlib.suppress(OSError):  # another process removes it too
+            if library_file.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                library_file.unlink()
 
 
 def _found() -> Path | None:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
+from mobillama.engine.gguf_model import GGUFModel, read_model
 from mobillama.engine.native_engine import NativeEngine
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.native.library import kernels
 from mobillama.record.environment import environment
 from mobillama.record.files import write_json

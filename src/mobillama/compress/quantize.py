@@ -14,8 +14,9 @@ from mobillama.deploy.gguf import Show, Source, head_kind, quiet, refuse_existin
 from mobillama.deploy.parity import Comparison, Logits, Parity, torch_logits
 from mobillama.engine.blocks import BlockType, pack
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import HEAD, GGUFModel
+from mobillama.engine.gguf_model import GGUFModel
 from mobillama.engine.torch_gguf import decode_weights, encode_weights
+from mobillama.engine.weights import HEAD
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.train.device import choose_device

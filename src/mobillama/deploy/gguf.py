@@ -19,8 +19,9 @@ from mobillama.deploy.parity import Parity, compare, passages, torch_logits
 from mobillama.directory import load_model
 from mobillama.engine.blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, read_model, write_model
+from mobillama.engine.gguf_model import read_model, write_model
 from mobillama.engine.torch_gguf import decode_weights, encode_weights, load_gguf
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.recipe import ModelConfig

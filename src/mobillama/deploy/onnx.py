@@ -17,9 +17,9 @@ from mobillama.deploy.onnx_graph import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS, M
 from mobillama.deploy.parity import compare, passages, torch_logits
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD
 from mobillama.engine.onnx_engine import OnnxEngine
 from mobillama.engine.torch_gguf import encode_weights
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import UsageError
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import new_directory, write_json

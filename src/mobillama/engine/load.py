@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
 from mobillama.engine.interface import BatchEngine, Engine, OneSlot, chosen_context
+from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
 
@@ -118,11 +119,7 @@ def load_batch_engine(
 
 def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tokenizer = _tokenizer_of(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
-            "put the model's own tokenizer beside it"
-        )
+    check_vocabulary(path, tokenizer.vocab_size, vocab_size, exact=True)
     return tokenizer
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mobillama.engine.blocks import F16, Q8_0, TYPES, BlockType, decode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
+from mobillama.engine.gguf_model import GGUFModel, read_model
 from mobillama.engine.interface import Memory, check_work, chosen_context
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.native.build import CannotBuild
 from mobillama.native.library import Layer, Run, Shape, kernels, library

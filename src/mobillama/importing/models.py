@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from mobillama.directory import CONFIG_FILE, MODEL_TYPE, save_model
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, read_model, stored_names, weight_shape
+from mobillama.engine.gguf_model import read_model, stored_names
 from mobillama.engine.torch_gguf import decode_weights
+from mobillama.engine.weights import EMBEDDING, HEAD, check_layers, check_vocabulary, check_weights, weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.importing.weight_files import WeightFiles
 from mobillama.recipe import ModelConfig
@@ -94,10 +95,7 @@ def import_model(
 def _fit_vocabulary(foreign: Foreign) -> None:
     """Drop rows of embedding and head that no id of the tokenizer names (padding), or refuse a tokenizer that is too large."""
     ids, rows = foreign.tokenizer.vocab_size, foreign.shape.vocab_size
-    if ids > rows:
-        raise UsageError(
-            f"{foreign.tokenizer.path}: has {ids:,} ids, the model {rows:,}; put the model's own tokenizer there"
-        )
+    check_vocabulary(foreign.tokenizer.path, ids, rows)
     if ids < rows:
         foreign.notes.append(
             f"{rows - ids:,} rows of the vocabulary, which no id of the tokenizer names, were left out"
@@ -209,13 +207,9 @@ def _shape(path: Path, stated: Mapping[str, Any], files: WeightFiles, notes: lis
 
 def _check_tensors(source: Path, shape: ModelConfig, files: WeightFiles) -> None:
     """Refuse weights that are not exactly those of an unshared model of this shape."""
-    if shape.num_hidden_layers > len(files):
-        raise CorruptDataError(f"{source}: {CONFIG_FILE} states {shape.num_hidden_layers:,} layers; fewer have weights")
+    check_layers(source / CONFIG_FILE, shape.num_hidden_layers, shape.share, len(files))
     wanted = {_origin(name, shape): weight_shape(name, shape) for name in stored_names(shape).values()}
-    for name, size in wanted.items():
-        if files.shapes.get(name) != size:
-            found = f"has the shape {files.shapes[name]}" if name in files else "is missing"
-            raise CorruptDataError(f"{source}: '{name}' {found}, and is to be {size}; fetch the weights again")
+    check_weights(source, wanted, files.shapes)
     exponents = torch.arange(0, shape.attention_head_dim, 2) / shape.attention_head_dim
     for name in files.shapes.keys() - wanted.keys():
         if name.endswith("rotary_emb.inv_freq"):

@@ -87,12 +87,14 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         models = sorted([*directory.glob("checkpoints/step-*/model"), *directory.glob("model")])
         hint = f"; did you mean {models[-1]}?" if models else ""
+        if directory.is_file():
+            hint = f"; make one of a file with 'mobillama import {directory} OUT'"
         raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory{hint}")
     stated = read_json(path)
     if stated.get("model_type") != MODEL_TYPE:
         raise UsageError(
-            f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'; open it with transformers, or give "
-            "the directory that it was exported from"
+            f"{path}: model_type is {str(stated.get('model_type'))[:40]!r}, not '{MODEL_TYPE}'; make a model directory of a "
+            f"Llama with 'mobillama import {directory} OUT'"
         )
     names = {item.name for item in fields(ModelConfig)}
     settings = {name: value for name, value in stated.items() if name in names}

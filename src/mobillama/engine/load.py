@@ -122,7 +122,7 @@ def load_batch_engine(
 
 
 def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    tokenizer = _tokenizer_of(path)
+    tokenizer = tokenizer_of(path)
     check_vocabulary(path, tokenizer.vocab_size, vocab_size, exact=True)
     return tokenizer
 
@@ -178,10 +178,11 @@ def check_gpu(device: str) -> None:
     Raises:
         UsageError: it sees none.
     """
-    import torch
+    if device == "cuda":
+        import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: cuda is asked for, but torch sees no GPU here; leave it out")
+        if not torch.cuda.is_available():
+            raise UsageError("--device: cuda is asked for, but torch sees no GPU here; leave it out")
 
 
 def _check_device(path: Path, engine: str, device: str) -> None:
@@ -205,7 +206,13 @@ def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:
     return load_gguf(path)[0].to(chosen)
 
 
-def _tokenizer_of(path: Path) -> Tokenizer:
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Return the tokenizer of a model file or directory.
+
+    Raises:
+        UsageError: it has none.
+        CorruptDataError: it is damaged.
+    """
     if path.suffix == ".gguf":
         from mobillama.engine.gguf import read_gguf
         from mobillama.engine.gguf_model import read_tokenizer

@@ -68,7 +68,7 @@ def quantize(
         _require_enough(texts, opened)
         tensors = calibrated(opened, kind, texts, chosen, show)
     else:
-        tensors = rounded(opened, kind)
+        tensors = opened.checked(rounded(opened, kind), out)
     judged = judge(opened, tensors, texts, chosen, show)
     used = {"sequences": len(texts.calibration_nt), "tokens": texts.calibration_nt.size, "seed": seed}
     weights = sum(weight.numel() for weight in opened.weights.values())

@@ -49,8 +49,7 @@ def export_gguf(
     refuse_existing(out, record_of(out))
     opened = Source.open(source)
     shared = opened.shape.share != "none" if shared is None else shared
-    tensors = _encoded(opened, kind)
-    opened.require_rounded(tensors, out)
+    tensors = opened.checked(_encoded(opened, kind), out)
     return write_checked(opened, tensors, out, shared, tokens=tokens, show=show)
 
 

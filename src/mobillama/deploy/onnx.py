@@ -74,8 +74,7 @@ def export_onnx(
         shape = _with_context(opened.shape, context)
         _check_shape(source, shape)
         _check_memory(source, shape)
-        matrices = _matrices(opened, kind, head)
-        opened.require_rounded(matrices, out)
+        matrices = opened.checked(_matrices(opened, kind, head), out)
         vectors = {name.removesuffix(".weight"): its for name, its in opened.weights.items() if its.dim() == 1}
 
         def vector(name: str) -> NDArray[np.float32]:

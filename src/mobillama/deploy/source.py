@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +64,34 @@ class Source:
         numbers = decode_weights(GGUFModel(self.shape, dict(tensors)), torch.float32)
         return _built(self.shape, self.weights | numbers)
 
-    def require_rounded(self, tensors: Mapping[str, Tensor], place: object) -> None:
-        """Raise a VerificationError if encoded tensors are further from the weights than rounding to nearest explains."""
+    def checked(self, tensors: Mapping[str, Tensor], place: object) -> dict[str, Tensor]:
+        """Encode tensors, and hold each to the weight that it was rounded from.
+
+        Args:
+            tensors: rounded to nearest, or the source's own.
+            place: named in the error.
+
+        Returns:
+            The tensors with their bytes made, so that they are encoded once.
+
+        Raises:
+            VerificationError: one is further from its weight than rounding to nearest explains.
+        """
+        made = {}
         for name, tensor in tensors.items():
+            made[name] = tensor
             if self.encoded is not None and tensor is self.encoded[name]:
                 continue
+            made[name] = dataclasses.replace(tensor, data=tensor.rows)
             weight = self.weights[name].float()
-            error = float((torch.from_numpy(decode(tensor.rows, tensor.kind)).view(weight.shape) - weight).norm())
-            most = _MOST_ERROR[tensor.kind.name] * float(weight.norm())
+            numbers = torch.from_numpy(decode(made[name].rows, tensor.kind)).view(weight.shape)
+            error, most = float((numbers - weight).norm()), _MOST_ERROR[tensor.kind.name] * float(weight.norm())
             if not error <= most:  # a NaN too
                 raise VerificationError(
                     f"{place}: '{name}' in {tensor.kind.name} is {error:.3g} from the model's, where rounding explains "
                     f"{most:.3g}; nothing was kept: choose a wider type, or report this"
                 )
+        return made
 
 
 def head_kind(kind: BlockType) -> BlockType:

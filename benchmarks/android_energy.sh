@@ -6,7 +6,7 @@
 #
 # A cable charges the phone: connect over Wi-Fi (adb tcpip 5555; adb connect ADDRESS), unplug, full brightness off, aeroplane
 # mode but Wi-Fi on. Counters step by 1 mAh or more: let the command run for minutes. The idle phone's charge over the same
-# time is measured first and taken off.
+# time is measured afterwards and taken off.
 set -eu
 tokens=$1 command=$2
 

@@ -1,6 +1,7 @@
 """Does ExecuTorch hold a shared network once? Disk and memory of eight uses of one network, beside eight networks.
 
-    python -m venv V && V/bin/pip install torch executorch && V/bin/python benchmarks/executorch_sharing.py --out FILE.json
+    python -m venv V && V/bin/pip install torch executorch
+    PYTHONPATH=src V/bin/python benchmarks/executorch_sharing.py --out FILE.json
 
 The XNNPACK backend packs weights when a program is loaded. Its option ``weight_cache_enabled`` (ExecuTorch 1.5) has no
 Python interface; a C++ library of six lines, compiled here against the headers of the package, sets it.
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mobillama.record.environment import environment
 
 LAYERS, WIDTH, INNER = 8, 1024, 2816
 OPTION = """
@@ -133,6 +136,7 @@ def main() -> None:
                 rows.append({"shared": shared, "weight_cache": cache, "file_mb": program.stat().st_size / 1e6, **facts})
                 print(rows[-1])
     result = {
+        "environment": environment(),
         "layers": LAYERS,
         "one_network_mib": 2 * WIDTH * INNER * 4 / 2**20,
         "executorch": importlib.metadata.version("executorch"),

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
+from mobillama.engine.gguf_model import GGUFModel, read_model
 from mobillama.engine.native_engine import NativeBatchEngine
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.native.library import kernels
 from mobillama.record.environment import environment
 from mobillama.record.files import write_json

@@ -80,8 +80,9 @@ def measure(source: Path, python: str, tokens: int, folder: Path) -> Iterator[tu
     """Yield the figures of each type's file."""
     import torch
 
-    from mobillama.deploy.gguf import Source, export_gguf
+    from mobillama.deploy.gguf import export_gguf
     from mobillama.deploy.parity import Comparison, passages, texts, torch_logits
+    from mobillama.deploy.source import Source
     from mobillama.engine import blocks
     from mobillama.engine.gguf_model import write_model
     from mobillama.engine.torch_gguf import encode_weights, load_gguf

@@ -26,7 +26,7 @@ import torch
 from mobillama.compress.quantize import SEQUENCES, calibrated, judge, rounded
 from mobillama.compress.texts import find_texts
 from mobillama.console import note, progress, table
-from mobillama.deploy.gguf import Source
+from mobillama.deploy.source import Source
 from mobillama.engine.blocks import BF16, TYPES
 from mobillama.engine.gguf_model import write_model
 from mobillama.record.environment import environment

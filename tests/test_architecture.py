@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "mobillama"
 
 # Rooms by floor (docs/architecture.md); a room may import its own floor and those below.
 FLOORS = [
-    {"errors", "record", "recipe", "config", "console"},
+    {"errors", "record", "recipe", "config", "console", "progress"},
     {"model"},
     {"data", "directory", "hf", "engine", "importing", "native"},
     {"train", "deploy"},

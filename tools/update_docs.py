@@ -20,6 +20,7 @@ from mobillama.data.ledger import DOCUMENT
 from mobillama.data.prepare.duplicates import MINHASH, SIGNATURE
 from mobillama.data.prepare.read import RECORD
 from mobillama.workflows.corpus import PAPER_TABLE_2
+from mobillama.workflows.inference import PAPER_TABLE_6, PAPER_TABLE_11
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -410,28 +411,62 @@ def quantize() -> str:
 
 
 def inference() -> str:
-    """Return what bench infer measured, if it is recorded."""
+    """Return what bench infer measured, if it is recorded, and the paper's values."""
     if not (RESULTS / "inference.json").exists():
         return ""
     result = load("inference")
+    rows = result["rows"]
     lines = [
-        "| model | engine | threads | file MB | peak RSS MiB | first token s | prefill 64 | prefill 512 | decode 128 | GB/s read |",
-        "|---|---|" + "---:|" * 8,
+        "| model | engine | threads | prefill 64 | prefill 512 | decode 128 | GB/s read | of limit |",
+        "|---|---|" + "---:|" * 6,
     ]
-    for row in result["rows"]:
-        speeds = [
-            f"{its['median']:.1f} / {its['best']:.1f}"
-            for its in (row[f"{name}_tokens_per_second"] for name in ("prefill_64", "prefill_512", "decode"))
-        ]
+    for row in rows:
+        speeds = [_pair(row.get(f"{name}_tokens_per_second")) for name in ("prefill_64", "prefill_512", "decode")]
+        share = row["bytes_per_second"] / row["memory_bytes_per_second"]
         lines.append(
-            f"| {row['model']} | {row['engine']} | {row['threads']} | {row['file_bytes'] / 1e6:.1f} | "
-            f"{row['memory_bytes']['peak_rss'] / 2**20:,.0f} | {row['first_token_seconds']['median']:.2f} | "
-            f"{' | '.join(speeds)} | {row['bytes_per_second'] / 1e9:.1f} |"
+            f"| {row['model']} | {row['engine']} | {row['threads']} | {' | '.join(speeds)} | "
+            f"{row['bytes_per_second'] / 1e9:.1f} | {share:.0%} |"
         )
+    sizes: dict[str, Callable[[dict[str, Any]], Any]] = {  # in bytes; the last two are not in records of before
+        "peak RSS MiB": lambda row: row["memory_bytes"]["peak_rss"],
+        "USS MiB": lambda row: row["memory_bytes"]["uss"],
+        "load adds MiB": lambda row: row["memory_bytes"]["loaded"] - row["memory_bytes"]["before_load"],
+        "generate MiB": lambda row: row["generate"] and row["generate"]["peak_rss"],
+    }
+    sizes = {
+        name: size for name, size in sizes.items() if "generate" in rows[0] or not name.startswith(("load", "gen"))
+    }
+    energy = {name: None for row in rows for name in row["joules_per_1000_tokens"]}
+    columns = ["file MB", *sizes, "first token s", "load ms", "init ms", "forward ms"]
+    columns += [f"{name}, J / 1,000 tokens" for name in energy]
+    lines += ["", f"| model | engine | threads | {' | '.join(columns)} |", "|---|---|" + "---:|" * (1 + len(columns))]
+    for row in rows:
+        cells = [f"{row['file_bytes'] / 1e6:.1f}"]
+        cells += [f"{bytes_ / 2**20:,.0f}" if (bytes_ := size(row)) else "" for size in sizes.values()]
+        cells += [f"{row['first_token_seconds']['median']:.2f}"]
+        cells += [f"{1000 * row[f'{name}_seconds']:.1f}" for name in ("load", "init", "forward")]
+        cells += [f"{row['joules_per_1000_tokens'][name]:.0f}" for name in energy]
+        lines.append(f"| {row['model']} | {row['engine']} | {row['threads']} | {' | '.join(cells)} |")
     remark = f"{result['remark']}; " if result["remark"] else ""
-    return "\n".join(
-        [*lines, "", f"Tokens/s, median / best of {result['rounds']}; {remark}{_measured(result['environment'])}."]
-    )
+    lines += [
+        "",
+        f"Tokens/s, median / best of {result['rounds']}; {remark}{_measured(result['environment'])}.",
+        "",
+        "| the paper's Table 6 | tokens/s | MB | mAh / 1,000 tokens | CPU % |",
+        "|---|" + "---:|" * 4,
+    ]
+    for place, models in PAPER_TABLE_6.items():
+        for model, (speed, size, charge, share) in models.items():
+            lines.append(f"| {model}, {place} | {speed:g} | {size:,} | {charge:g} | {share:g} |")
+    lines += ["", "| the paper's Table 11, on the GPU | load ms | init ms | forward ms |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {model} | {' | '.join(f'{value:g}' for value in values)} |" for model, values in PAPER_TABLE_11.items()
+    ]
+    return "\n".join(lines)
+
+
+def _pair(values: dict[str, Any] | None) -> str:
+    return f"{values['median']:.1f} / {values['best']:.1f}" if values else ""
 
 
 def decode_gpu() -> str:
@@ -488,7 +523,7 @@ def executorch() -> str:
             *lines,
             "",
             f"`python benchmarks/executorch_sharing.py`; one network is {result['one_network_mib']:.1f} MiB; executorch "
-            f"{result['executorch']}, torch {result['torch']}.",
+            f"{result['executorch']}, torch {result['torch']}; {_measured(result['environment'])}.",
         ]
     )
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mobillama.data.tokenizer import Tokenizer, save_tokenizer
-from mobillama.errors import CorruptDataError, UsageError
+from mobillama.engine.gguf_model import stored_names
+from mobillama.engine.weights import check_layers, check_weights, weight_shape
+from mobillama.errors import CorruptDataError, UsageError, cause
 from mobillama.model.transformer import MobiLlama
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import read_json, write_json, write_text
@@ -83,18 +87,33 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         models = sorted([*directory.glob("checkpoints/step-*/model"), *directory.glob("model")])
         hint = f"; did you mean {models[-1]}?" if models else ""
+        if directory.is_file():
+            hint = f"; make one of a file with 'mobillama import {directory} OUT'"
         raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory{hint}")
     stated = read_json(path)
     if stated.get("model_type") != MODEL_TYPE:
         raise UsageError(
-            f"{path}: model_type is {stated.get('model_type')!r}, not '{MODEL_TYPE}'; open it with transformers, or give "
-            "the directory that it was exported from"
+            f"{path}: model_type is {str(stated.get('model_type'))[:40]!r}, not '{MODEL_TYPE}'; make a model directory of a "
+            f"Llama with 'mobillama import {directory} OUT'"
         )
     names = {item.name for item in fields(ModelConfig)}
+    settings = {name: value for name, value in stated.items() if name in names}
+    kinds = get_type_hints(ModelConfig)
+    if wrong := next((name for name, value in settings.items() if not _fits(value, kinds[name])), None):
+        raise CorruptDataError(f"{path}: {wrong} is {str(settings[wrong])[:40]!r}; restore it from a copy")
     try:
-        return ModelConfig(**{name: value for name, value in stated.items() if name in names})
+        return ModelConfig(**settings)
     except (TypeError, UsageError) as error:
         raise CorruptDataError(f"{path}: states no possible model ({error}); restore it from a copy") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value of JSON is of a field's type."""
+    if get_origin(kind) is Union:
+        return value is None or _fits(value, get_args(kind)[0])
+    if kind not in (int, float):
+        return isinstance(value, kind) if isinstance(kind, type) else value in get_args(kind)
+    return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -139,12 +158,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CorruptDataError: it is missing, truncated or damaged.
     """
-    try:
+    with _told(path):
         return load_file(path)
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the header of a safetensors file states, which are held to the file's size.
+
+    Raises:
+        CorruptDataError: it is missing, truncated or damaged.
+    """
+    with _told(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 no mapping
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise CorruptDataError(f"{path}: missing; restore it from a copy") from None
     except (SafetensorError, OSError) as error:
-        raise CorruptDataError(f"{path}: damaged or truncated ({error}); restore it from a copy") from None
+        raise CorruptDataError(f"{path}: damaged or truncated ({cause(error)}); restore it from a copy") from None
 
 
 def verify_in_checkpoint(directory: Path) -> None:
@@ -167,12 +202,19 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: torch.
     """
     config = read_config(directory)
     verify_in_checkpoint(directory)
+    path = directory / WEIGHTS_FILE
+    _check_fit(path, config)
     with torch.device("meta"):
         model = MobiLlama(config)
-    weights = read_weights(directory / WEIGHTS_FILE)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CorruptDataError(f"{directory / WEIGHTS_FILE}: does not fit {CONFIG_FILE}: {reason[:300]}") from None
+    model.load_state_dict(read_weights(path), assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _check_fit(path: Path, config: ModelConfig) -> None:
+    """Hold the file's header to the config before anything is made of either."""
+    found = weight_shapes(path)
+    check_layers(path.with_name(CONFIG_FILE), config.num_hidden_layers, config.share, len(found))
+    wanted = {name: weight_shape(name, config) for name in stored_names(config).values()}
+    check_weights(path, wanted, found)
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise CorruptDataError(f"{path}: '{unknown[0]}' has no place in the model of {CONFIG_FILE}; restore both")

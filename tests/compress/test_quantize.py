@@ -16,7 +16,8 @@ from mobillama.compress.quantize import calibrated, judge, quantize, rounded
 from mobillama.compress.texts import find_texts
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import load_tokenizer
-from mobillama.deploy.gguf import Source, export_gguf
+from mobillama.deploy.gguf import export_gguf
+from mobillama.deploy.source import Source
 from mobillama.directory import save_model
 from mobillama.engine.blocks import Q4_0, Q4_1, TYPES, unpack
 from mobillama.engine.gguf import read_gguf

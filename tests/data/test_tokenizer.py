@@ -169,6 +169,18 @@ def test_training_twice_gives_the_same_file(corpus, tokenizer_path, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == tokenizer_path.read_bytes()
 
 
+def test_a_tokenizer_that_names_no_end_is_told_where_to_name_it(exported, tmp_path):
+    backend = json.loads((exported / "tokenizer.json").read_text())
+    text = json.dumps(backend).replace("</s>", "<end>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(
+        UsageError, match=r"tokenizer_config\.json: names no eos_token.*name one of the tokenizer's tokens there"
+    ):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    assert load_tokenizer(tmp_path).eos_id == 2
+
+
 def test_bad_tokenizers_are_named(tmp_path):
     with pytest.raises(UsageError, match="no tokenizer there"):
         load_tokenizer(tmp_path / "absent.model")

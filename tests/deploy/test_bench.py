@@ -6,10 +6,11 @@ import json
 import sys
 
 import pytest
+import torch
 from test_onnx import directory_of
 
 from conftest import run_cli
-from mobillama.deploy.bench import Contender, Settings, Worker, contenders, measure, thread_counts
+from mobillama.deploy.bench import Contender, Settings, Worker, _take_turn, contenders, measure, thread_counts
 from mobillama.deploy.gguf import export_gguf
 from mobillama.deploy.onnx import export_onnx
 from mobillama.engine.blocks import Q4_0
@@ -59,7 +60,10 @@ def test_turns_give_speed_memory_and_latency_of_each(models):
         assert len(speed["all"]) == 2 and speed["best"] >= speed["median"] > 0
         assert "prefill_64_tokens_per_second" in row and "prefill_512_tokens_per_second" not in row  # a context of 128
         assert 0 < row["load_seconds"] < row["first_token_seconds"]["best"] and row["forward_seconds"] > 0
-        assert row["memory_bytes"]["peak_rss"] >= row["memory_bytes"]["rss"] > 10 << 20
+        memory = row["memory_bytes"]
+        assert memory["peak_rss"] >= memory["rss"] > 10 << 20
+        assert memory["peak_rss"] >= memory["loaded"] > memory["before_load"] > 10 << 20
+        assert row["generate"]["context"] == 128 and row["generate"]["peak_rss"] > 20 << 20
         assert row["bytes_per_second"] == pytest.approx(row["read_bytes_per_token"] * speed["median"])
         assert row["memory_bytes_per_second"] > 1e8
     torch_row, onnx_row = rows
@@ -74,6 +78,45 @@ def test_a_process_that_ends_is_told_with_its_last_words(models, tmp_path):
         Worker(broken, 1, "cpu")
 
 
+def test_energy_is_counted_around_decoding_alone(models):
+    done = []
+
+    class Watched(Worker):
+        def ask(self, do, **more):
+            done.append((do, more["tokens"]))
+            return super().ask(do, **more)
+
+    class Counter:
+        name = "counter"
+
+        def joules(self):
+            done.append("read")
+            return float(len(done))
+
+    (contender,) = contenders([models / "onnx"], "auto", None)
+    taken, worker = {}, Watched(contender, 1, "cpu")
+    try:
+        _take_turn(worker, taken, [Counter()])
+    finally:
+        worker.close()
+    assert done == [("prefill", 64), ("prefill", 64), "read", ("decode", 63), "read"]
+    assert len(taken["step"]) == 63 and taken["joules counter"] == [2 / 63]
+
+
+def test_a_context_is_chosen_and_one_without_room_is_told(models):
+    entrants = contenders([models / "shared.gguf"], "torch", None)
+    (row,) = measure(entrants, Settings((1,), rounds=1, starts=1, context=80), lambda *facts: None)
+    assert row["generate"]["context"] == 80
+    with pytest.raises(UsageError, match=r"shared\.gguf: a context of 65 tokens has no room for a prompt of 64"):
+        measure(entrants, Settings((1,), rounds=1, starts=1, context=65), lambda *facts: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(models):
+    with pytest.raises(UsageError, match=r"--device: cuda"):
+        contenders([models / "model"], "auto", None, "cuda")
+
+
 def test_threads_are_one_and_all_or_as_wanted():
     assert thread_counts([])[0] == 1
     assert thread_counts([1]) == (1,)
@@ -86,8 +129,17 @@ def test_the_verb_prints_records_and_draws(models, tmp_path):
     words = ["bench", "infer", models / "onnx", "--threads", 1, "--rounds", 1, "--remark", "random weights"]
     done = run_cli(*words, "--out", tmp_path / "b.json", "--picture", tmp_path / "b.png")
     assert done.returncode == 0, done.stderr
-    for said in ("decode 128", "random weights", "The paper's Table 6", "The paper's Table 11", "63.38"):
-        assert said in done.stdout
+    tables = (
+        "decode 128",
+        "random weights",
+        "load adds MiB",
+        "generate MiB",
+        "The paper's Table 6",
+        "63.38",
+        "Table 11",
+    )
+    assert all(said in done.stdout for said in tables)
+    assert "at 1 thread)" in done.stderr and "over 128 tokens" in done.stderr
     result = json.loads((tmp_path / "b.json").read_text())
     assert result["remark"] == "random weights" and result["environment"]["date"] and len(result["rows"]) == 1
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")

@@ -96,15 +96,24 @@ def test_rows_that_are_no_whole_blocks_become_f16(tokenizer_path, tmp_path):
     assert read_gguf(tmp_path / "m.gguf").tensors["blk.0.ffn_down.weight"].kind.name == "Q4_0"
 
 
-def test_nothing_is_kept_of_a_file_that_computes_something_else(tokenizer_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_1"])
+def test_nothing_is_kept_of_codes_that_are_not_the_weights(kind, tokenizer_path, tmp_path, monkeypatch):
     source, encode = directory_of(tokenizer_path, tmp_path / "model"), deploy.encode_weights
 
     def encode_wrong(weights, *kinds):
         return encode({name: -w if "up_proj" in name else w for name, w in weights.items()}, *kinds)
 
     monkeypatch.setattr(deploy, "encode_weights", encode_wrong)
-    with pytest.raises(VerificationError, match=r"m\.gguf: is .* nats/token from the model"):
-        export_gguf(source, tmp_path / "m.gguf", TYPES["f16"])
+    with pytest.raises(VerificationError, match=r"m\.gguf: 'model\.ffns\.0\.up_proj\.weight' in .* from the model's"):
+        export_gguf(source, tmp_path / "m.gguf", TYPES[kind])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_is_kept_of_a_file_that_reads_otherwise_than_it_was_written(tokenizer_path, tmp_path, monkeypatch):
+    source = directory_of(tokenizer_path, tmp_path / "model")
+    monkeypatch.setattr("mobillama.engine.gguf_model._side_by_side", lambda rows, head_dim: rows)
+    with pytest.raises(VerificationError, match=r"m\.gguf: '.*q_proj\.weight' reads otherwise"):
+        export_gguf(source, tmp_path / "m.gguf", TYPES["q4_0"])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -114,11 +123,15 @@ def test_wrong_use_is_one_line_and_spoils_nothing(tokenizer_path, tmp_path):
     with pytest.raises(UsageError, match=r"m\.gguf: exists already"):
         export_gguf(source, tmp_path / "m.gguf", None)
     assert (tmp_path / "m.gguf").read_bytes() == b"precious"
+    (tmp_path / "n.gguf.json").write_bytes(b"precious")
+    with pytest.raises(UsageError, match=r"n\.gguf\.json: exists already"):
+        export_gguf(source, tmp_path / "n.gguf", None)
+    assert (tmp_path / "n.gguf.json").read_bytes() == b"precious" and not (tmp_path / "n.gguf").exists()
     with pytest.raises(UsageError, match="not a GGUF file"):
-        export_gguf(tmp_path / "m.gguf", tmp_path / "n.gguf", None)
+        export_gguf(tmp_path / "m.gguf", tmp_path / "o.gguf", None)
     with pytest.raises(UsageError, match=r"no config\.json"):
-        export_gguf(tmp_path / "absent", tmp_path / "n.gguf", None)
-    done = run_cli("export", "gguf", source, tmp_path / "n.gguf", "--shared", "--unshared")
+        export_gguf(tmp_path / "absent", tmp_path / "o.gguf", None)
+    done = run_cli("export", "gguf", source, tmp_path / "o.gguf", "--shared", "--unshared")
     assert done.returncode == 2 and "not allowed with" in done.stderr
 
 

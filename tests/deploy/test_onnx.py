@@ -40,6 +40,7 @@ def test_an_export_is_compared_recorded_and_opened(tokenizer_path, tmp_path):
     assert facts["types"] == ["Q8_0"] and facts["cache"] == "int8" and facts["shared"]
     assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").glob("model.onnx*"))
     assert facts["parity"]["tokens"] == 1024 and facts["parity"]["kl_nats_per_token"] < 1e-3
+    assert 0 < facts["parity_on_the_same_numbers"]["kl_nats_per_token"] < 1e-3
     engine, tokenizer = load_engine(tmp_path / "out", threads=1)
     assert engine.name == "onnxruntime" and tokenizer.vocab_size == VOCAB
     original, _ = load_engine(source)
@@ -134,10 +135,17 @@ def test_a_graph_that_computes_something_else_is_not_kept(tokenizer_path, tmp_pa
 
     right = onnx_graph._rotary_tables
     monkeypatch.setattr(onnx_graph, "_rotary_tables", lambda config: right(config)[::-1])
-    monkeypatch.setattr("mobillama.deploy.onnx.MOST_KL", {"Q8_0": 1e-3})
     with pytest.raises(VerificationError, match="nats/token"):
-        export_onnx(source, tmp_path / "out", Q8_0)
+        export_onnx(source, tmp_path / "out", Q4_0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_context_that_fits_no_memory_is_refused_before_anything_is_made(tokenizer_path, tmp_path, monkeypatch):
+    source = directory_of(tokenizer_path, tmp_path / "model")
+    monkeypatch.setattr("mobillama.deploy.onnx.memory_bytes", lambda: 4 * 128 * (2 * 3 * 64 + 16) - 1)
+    with pytest.raises(UsageError, match=r"context of 128 tokens does not fit the memory; give --context"):
+        export_onnx(source, tmp_path / "out")
+    assert export_onnx(source, tmp_path / "out", context=64, tokens=50)["context"] == 64
 
 
 def test_generate_and_chat_take_what_was_exported(tokenizer_path, tmp_path):

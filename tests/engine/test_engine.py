@@ -8,8 +8,9 @@ import torch
 
 from conftest import VOCAB
 from mobillama.data.tokenizer import load_tokenizer
+from mobillama.deploy.gguf import export_gguf
 from mobillama.directory import load_model, save_model
-from mobillama.engine.load import load_engine
+from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.sampling import Sampling, sample
 from mobillama.engine.stream import Session, stream_tokens, text_of
 from mobillama.engine.torch_engine import OneTokenStep
@@ -159,6 +160,37 @@ def test_min_p_keeps_what_is_likely_enough_and_the_penalty_makes_the_seen_rarer(
     assert sample(signed, Sampling(0, repetition_penalty=1.4), random, [0]) == 1
     assert sample(-signed - 4, Sampling(0, repetition_penalty=9), random, [3]) == 2  # negative ones are multiplied
     assert sample(signed, Sampling(1e-30, 0, 1), random) == 0
+
+
+def test_a_context_is_chosen_and_one_that_fits_no_memory_is_told(directory, tmp_path):
+    engine, _ = load_engine(directory, context_length=20)
+    assert engine.context_length == 20 and engine.memory.cache == load_engine(directory)[0].memory.cache * 20 // 48
+    with pytest.raises(UsageError, match=r"--context: 49 tokens; .* at most 48"):
+        load_engine(directory, context_length=49)
+    config = directory / "config.json"
+    config.write_text(
+        config.read_text().replace('"max_position_embeddings": 48', '"max_position_embeddings": 2147483647')
+    )
+    export_gguf(directory, tmp_path / "m.gguf", None)
+    for load in (
+        lambda context: load_engine(directory, context_length=context),
+        lambda context: load_batch_engine(directory, 2, context_length=context),
+        lambda context: load_engine(tmp_path / "m.gguf", "torch", context_length=context),
+        lambda context: load_engine(tmp_path / "m.gguf", context_length=context),
+    ):
+        with pytest.raises(
+            UsageError, match=r"context of 2,147,483,647 tokens does not fit the memory; give --context"
+        ):
+            load(0)
+        assert load(30)[0].context_length == 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(directory):
+    with pytest.raises(UsageError, match=r"--device: cuda is asked for, but torch sees no GPU"):
+        load_engine(directory, device="cuda")
+    with pytest.raises(UsageError, match=r"--device: cuda"):
+        load_batch_engine(directory, 2, device="cuda")
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])

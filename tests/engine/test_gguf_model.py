@@ -14,7 +14,8 @@ from conftest import VOCAB, shared_data
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.engine.blocks import TYPES, decode, encode
 from mobillama.engine.gguf import Tensor, read_gguf, write_gguf
-from mobillama.engine.gguf_model import read_model, stored_names, weight_shape, write_model
+from mobillama.engine.gguf_model import read_model, stored_names, write_model
+from mobillama.engine.weights import weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import ModelConfig
 
@@ -117,7 +118,7 @@ def test_equal_copies_are_found_in_a_file_that_does_not_say(tokenizer_path, tmp_
         ({"tokenizer.ggml.bos_token_id": ["1", "2"]}, "tokenizer is incomplete"),
         ({"llama.attention.head_count": "4"}, "not a number"),
         ({"llama.attention.head_count": 3}, "possible model"),
-        ({"llama.feed_forward_length": 128}, r"has the shape \(96, 64\), not \(128, 64\)"),
+        ({"llama.feed_forward_length": 128}, r"has the shape \(96, 64\), and is to be \(128, 64\)"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'; such models"),
         ({"llama.rope.dimension_count": 8}, "only a part of each head"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer of type 'bert'"),

@@ -13,7 +13,8 @@ import pytest
 from test_native_engine import IDS, distance, model_of, torch_logits
 
 from mobillama.engine.blocks import F16, Q8_0, decode
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel
+from mobillama.engine.gguf_model import GGUFModel
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.native.build import compile_objects, run_all
 from mobillama.native.library import kernels
 

@@ -15,9 +15,10 @@ from mobillama.data.tokenizer import load_tokenizer
 from mobillama.engine import NATIVE, TORCH
 from mobillama.engine.blocks import TYPES, encode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import GGUFModel, read_model, stored_names, weight_shape, write_model
+from mobillama.engine.gguf_model import GGUFModel, read_model, stored_names, write_model
 from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.torch_gguf import decode_weights
+from mobillama.engine.weights import weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.native.build import CannotBuild

@@ -71,8 +71,9 @@ def test_damaged_and_foreign_files_are_named(graph, tmp_path):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     data = tmp_path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-5000])
-    with pytest.raises(CorruptDataError, match="cannot load it"):
+    with pytest.raises(CorruptDataError, match=r"cannot load it \(.*External initializer.*out of bounds") as caught:
         OnnxEngine.load(tmp_path)
+    assert ".cc" not in str(caught.value) and "ONNXRuntimeError" not in str(caught.value)
     (tmp_path / "model.onnx").write_bytes(b"junk" * 100)
     with pytest.raises(CorruptDataError, match=r"model\.onnx"):
         OnnxEngine.load(tmp_path)

@@ -208,6 +208,19 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+def test_numbers_that_a_type_does_not_reach_are_not_made_infinite(official, tokenizer_path, tmp_path):
+    model = built()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = 70000
+    save_model(tmp_path / "m", model.model.shape, model.state_dict(), load_tokenizer(tokenizer_path))
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", TYPES["f32"])
+    for source in (official(model), tmp_path / "m.gguf"):
+        with pytest.raises(UsageError, match=r"'lm_head\.weight' holds numbers up to 7e\+04.*take --dtype bfloat16"):
+            import_model(source, tmp_path / "out", torch.float16)
+        assert not (tmp_path / "out").exists()
+        import_model(source, tmp_path / f"{source.name}-bf16", torch.bfloat16)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(legacy, official, tmp_path):
     model = built()

@@ -37,6 +37,12 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--rounds", type=at_least(1), default=5, help="turns of each contender (default: %(default)s)")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch (default: %(default)s)")
     verb.add_argument(
+        "--context",
+        type=at_least(1),
+        default=0,
+        help="tokens that engines have room for (default: what each model was made for; a graph's is fixed)",
+    )
+    verb.add_argument(
         "--llama-python",
         metavar="PYTHON",
         help="an interpreter with llama-cpp-python (default: this one, if it has it)",
@@ -56,6 +62,7 @@ def _infer(args: argparse.Namespace) -> None:
         args.threads,
         args.rounds,
         args.device,
+        args.context,
         args.llama_python,
         args.remark,
         args.out,

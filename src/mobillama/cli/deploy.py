@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
 
     group = add_group(verbs, "export", "write a model for other tools")
     verb = add_verb(group, "hf", _export_hf, "a Hugging Face directory, checked against the original")
-    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/)")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
     verb.add_argument("out", type=new_path, help="the directory to make")
     verb.add_argument("--unshared", action="store_true", help="a plain Llama that loads without mobillama installed")
 

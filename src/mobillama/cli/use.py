@@ -40,7 +40,6 @@ def add(verbs: Verbs) -> None:
     )
     verb.add_argument("--slots", type=at_least(1), default=8, help="requests decoded together (default: %(default)s)")
     verb.add_argument("--queue", type=at_least(0), default=64, help="requests that may wait (default: %(default)s)")
-    verb.add_argument("--context", type=at_least(0), default=0, help="tokens of a request (default: the model's most)")
     verb.add_argument(
         "--token-file", type=Path, help="holds a secret that clients must send; needed to listen beyond this machine"
     )
@@ -68,6 +67,12 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=at_least(1), default=0, help="to compute with (default: all cores)")
     verb.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where torch sees one"
+    )
+    verb.add_argument(
+        "--context",
+        type=at_least(1),
+        default=0,
+        help="tokens that a text and its continuation have room for (default: what the model was made for)",
     )
 
 
@@ -116,7 +121,7 @@ def _generate(args: argparse.Namespace) -> None:
     from mobillama.engine.stream import Session, stream_tokens, text_of
 
     sampling = _sampling(args)
-    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
+    engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device, args.context)
     prompt = args.prompt.encode("utf-8", errors="replace").decode()  # bytes that are no UTF-8 become question marks
     (ids,) = tokenizer.encode([prompt])
     if not ids:
@@ -144,7 +149,7 @@ def _chat(args: argparse.Namespace) -> None:
 
     sampling, console = _sampling(args), Console(highlight=False)
     with console.status("loading the model …"):
-        engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device)
+        engine, tokenizer = load_engine(args.model, args.engine, args.threads, args.device, args.context)
         conversation = Conversation(engine, tokenizer, sampling, args.max_tokens, args.seed, args.system, args.lookup)
     chat(
         conversation,

@@ -10,14 +10,16 @@ import torch
 
 from mobillama.compress.calibrate import Calibration
 from mobillama.compress.texts import Texts, find_texts
-from mobillama.deploy.gguf import Show, Source, head_kind, quiet, refuse_existing, write_checked
+from mobillama.deploy.gguf import record_of, write_checked
 from mobillama.deploy.parity import Comparison, Logits, Parity, torch_logits
+from mobillama.deploy.source import Source, head_kind, refuse_existing
 from mobillama.engine.blocks import BlockType, pack
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import HEAD, GGUFModel
-from mobillama.engine.torch_gguf import decode_weights, encode_weights
+from mobillama.engine.torch_gguf import encode_weights
+from mobillama.engine.weights import HEAD
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
+from mobillama.progress import Show, quiet
 from mobillama.train.device import choose_device
 
 Method = Literal["rtn", "gptq"]
@@ -53,11 +55,11 @@ def quantize(
         What is recorded.
 
     Raises:
-        UsageError: ``out`` exists, ``source`` is no model, or the text does not suit it.
+        UsageError: ``out`` or ``OUT.json`` exists, ``source`` is no model, or the text does not suit it.
         CorruptDataError: the model or the data is damaged.
-        VerificationError: the file computes something else than rounding explains; nothing is kept.
+        VerificationError: the file holds something else than was chosen; nothing is kept.
     """
-    refuse_existing(out)
+    refuse_existing(out, record_of(out))
     chosen = choose_device(device)
     opened = Source.open(source)
     _require_finite(opened)
@@ -66,7 +68,7 @@ def quantize(
         _require_enough(texts, opened)
         tensors = calibrated(opened, kind, texts, chosen, show)
     else:
-        tensors = rounded(opened, kind)
+        tensors = opened.checked(rounded(opened, kind), out)
     judged = judge(opened, tensors, texts, chosen, show)
     used = {"sequences": len(texts.calibration_nt), "tokens": texts.calibration_nt.size, "seed": seed}
     weights = sum(weight.numel() for weight in opened.weights.values())
@@ -122,11 +124,7 @@ def judge(
     source: Source, tensors: dict[str, Tensor], texts: Texts, device: torch.device, show: Show = quiet
 ) -> dict[str, Parity]:
     """Return how far encoded tensors are from their model on held-out text: of each source, and of ``all``."""
-    with torch.device("meta"):
-        copy = MobiLlama(source.shape)
-    decoded = decode_weights(GGUFModel(source.shape, tensors), torch.float32)
-    copy.load_state_dict(decoded, assign=True)
-    ours, theirs = (_logits(model, device) for model in (source.model(), copy))
+    ours, theirs = (_logits(model, device) for model in (source.model(), source.decoded(tensors)))
     found, done = {name: Comparison(source.tokenizer) for name in texts.held_out}, 0
     for name, rows_nt in texts.held_out.items():
         for row in rows_nt.tolist():

@@ -109,7 +109,9 @@ class SentencePieceTokenizer:
         self.eos_id = self.processor.eos_id()
         self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         if self.eos_id < 0:
-            raise UsageError(f"{path}: has no end-of-sequence piece, which must close every document")
+            raise UsageError(
+                f"{path}: has no end-of-sequence piece, which must close every document; train it with one, or take another"
+            )
         self.chat_template = _template_beside(path)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -292,7 +294,10 @@ class JsonTokenizer:
         self._specials = {t["id"] for t in self._description.get("added_tokens", []) if t.get("special")}
         self.bos_id, eos_id = self._find_special("bos_token"), self._find_special("eos_token")
         if eos_id is None:
-            raise UsageError(f"{path.with_name(CONFIG_FILE)}: names no eos_token, which must close every document")
+            raise UsageError(
+                f"{path.with_name(CONFIG_FILE)}: names no eos_token, which must close every document; name one of the "
+                'tokenizer\'s tokens there, as {"eos_token": "</s>"}'
+            )
         self.eos_id = eos_id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

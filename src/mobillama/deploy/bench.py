@@ -14,22 +14,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobillama.data.tokenizer import Tokenizer
 from mobillama.deploy.energy import Meter, open_meters
-from mobillama.engine import ENGINES, TORCH
+from mobillama.deploy.parity import texts
+from mobillama.engine import ENGINES, ONNXRUNTIME, TORCH
 from mobillama.engine.gguf import read_gguf
 from mobillama.engine.gguf_model import SHARE_KEY
-from mobillama.engine.load import check_threads, engine_for, engines_for
+from mobillama.engine.load import check_gpu, check_threads, engine_for, engines_for, tokenizer_of
 from mobillama.errors import MobiLlamaError, UsageError
+from mobillama.progress import Show
 from mobillama.record.environment import available_cores
 
 LLAMA_CPP = "llama.cpp"
 PREFILLS = (64, 512)
 DECODED = 128
+GENERATED = 32  # tokens that the whole verb makes after a prompt that fills the rest of its context
+_SETTLING_SECONDS = 0.5
 WORKER = Path(__file__).with_name("bench_worker.py")
 
 
@@ -61,7 +66,8 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, dev
         device: cpu, or cuda, where torch alone computes.
 
     Raises:
-        UsageError: a model is missing, none is left for ``engine``, or one was made for an engine that knows no GPU.
+        UsageError: a model is missing, none is left for ``engine``, one was made for an engine that knows no GPU, or there is
+            no GPU.
     """
     llama_python = llama_python or (sys.executable if _holds_llama_cpp(sys.executable) else None)
     found = []
@@ -88,6 +94,7 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, dev
         )
     if device != "cpu" and (other := next((each for each in found if each.engine != TORCH), None)):
         raise UsageError(f"--device {device}: {other.engine} computes on the CPU here; leave {other.path} out")
+    check_gpu(device)
     return found
 
 
@@ -106,10 +113,11 @@ def _loads_in_llama_cpp(path: Path) -> bool:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, contender: Contender, threads: int, device: str) -> None:
+    def __init__(self, contender: Contender, threads: int, device: str, context: int = 0) -> None:
         place = contender.engine if contender.engine == "memory" else f"{contender.path} in {contender.engine}"
         self._place = place
         words = [contender.python, "-P", str(WORKER), contender.engine, str(contender.path), str(threads), device]
+        words.append(str(context))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
         started = time.perf_counter()
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed with the process
@@ -165,14 +173,17 @@ class Settings:
     starts: int = 3
     """Processes started for the time to the first token; the last one stays."""
     device: str = "cpu"
+    context: int = 0
+    """Tokens that engines have room for; 0: what each model was made for."""
+    generated_context: int = 1024
+    """Tokens of prompt and answer in the process whose peak memory is that of the verb ``generate``."""
 
 
-def measure(
-    entrants: Sequence[Contender], settings: Settings, show: Callable[[str, float, float], None]
-) -> list[dict[str, Any]]:
+def measure(entrants: Sequence[Contender], settings: Settings, show: Show) -> list[dict[str, Any]]:
     """Return a row for each contender and number of threads.
 
     Raises:
+        UsageError: a contender's context has no room for what is measured.
         MobiLlamaError: a contender cannot be opened, or its process ended.
     """
     meters = open_meters(settings.device)
@@ -187,9 +198,9 @@ def _measure_at(
     entrants: Sequence[Contender],
     settings: Settings,
     meters: list[Meter],
-    show: Callable[[str, float, float], None],
+    show: Show,
 ) -> list[dict[str, Any]]:
-    stage = f"{threads} thread{'s' if threads > 1 else ''}"
+    stage = stage_of(threads)
     workers: list[Worker] = []
     probe = Worker(Contender(Path(), "memory", sys.executable), threads, settings.device)
     starts: list[list[float]] = []
@@ -197,11 +208,15 @@ def _measure_at(
         for contender in entrants:
             starts.append([])
             for number in range(settings.starts):
-                worker = Worker(contender, threads, settings.device)
+                worker = Worker(contender, threads, settings.device, settings.context)
                 starts[-1].append(worker.seconds_to_first_token)
                 if number < settings.starts - 1:
                     worker.close()
             workers.append(worker)
+            _require_room(contender, worker.facts["context"])
+        time.sleep(_SETTLING_SECONDS)
+        for worker in workers:
+            worker.facts["rss_loaded"] = worker.ask("memory")["rss"]
         taken: list[dict[str, list[Any]]] = [{} for _ in entrants]
         limits: list[float] = []
         for turn in range(settings.rounds):
@@ -220,11 +235,25 @@ def _measure_at(
             worker.close()
 
 
+def stage_of(threads: int) -> str:
+    """Return a number of threads in words."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def _require_room(contender: Contender, context: int) -> None:
+    if context < (least := PREFILLS[0] + 2):
+        raise UsageError(
+            f"{contender.path}: a context of {context} tokens has no room for a prompt of {PREFILLS[0]} and what follows; "
+            f"measure with {least} or more"
+        )
+
+
 def _take_turn(worker: Worker, taken: dict[str, list[Any]], meters: list[Meter]) -> None:
     for tokens in PREFILLS:
         if worker.facts["context"] >= tokens:
             seconds = worker.ask("prefill", tokens=tokens)["seconds"]
             taken.setdefault(f"prefill_{tokens}", []).append(tokens / seconds)
+    worker.ask("prefill", tokens=PREFILLS[0])
     before = [meter.joules() for meter in meters]
     answer = worker.ask("decode", tokens=min(DECODED, worker.facts["context"] - PREFILLS[0] - 1))
     for meter, joules in zip(meters, before, strict=True):
@@ -262,7 +291,12 @@ def _row(
         "load_seconds": facts["load_seconds"],
         "init_seconds": facts["first_prefill_seconds"],
         "forward_seconds": statistics.median(taken["step"]),
-        "memory_bytes": worker.ask("memory"),
+        "memory_bytes": {
+            "before_load": facts["rss_before_load"],
+            "loaded": facts["rss_loaded"],
+            **worker.ask("memory"),
+        },
+        "generate": _generate(contender, threads, settings, facts["context"]),
         "read_bytes_per_token": read,
         "bytes_per_second": read * decode,
         "memory_bytes_per_second": limit,
@@ -271,6 +305,57 @@ def _row(
         },
         **({"engine_version": facts["version"]} if "version" in facts else {}),
     }
+
+
+_VERB = """
+import pathlib, re, runpy, sys
+sys.argv[0] = "mobillama"
+try:
+    runpy.run_module("mobillama", run_name="__main__")
+finally:
+    status = pathlib.Path("/proc/self/status")
+    print(*re.findall(r"VmHWM:\\s+(\\d+)", status.read_text() if status.exists() else ""), file=sys.stderr)
+"""
+
+
+def _generate(contender: Contender, threads: int, settings: Settings, context: int) -> dict[str, Any] | None:
+    """Run the verb ``generate`` over a whole context, in a process of its own; return the most that was resident."""
+    if contender.engine == LLAMA_CPP:
+        return None
+    length = min(settings.generated_context, context)
+    prompt = _prompt(tokenizer_of(contender.path), length - min(GENERATED, length // 2))
+    words = [
+        "generate",
+        str(contender.path),
+        f"--prompt={prompt}",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        str(GENERATED),
+    ]
+    words += ["--engine", contender.engine, "--threads", str(threads), "--device", settings.device]
+    words += [] if contender.engine == ONNXRUNTIME else ["--context", str(length)]
+    done = subprocess.run(  # noqa: S603
+        [contender.python, "-P", "-c", _VERB, *words], capture_output=True, text=True, check=False
+    )
+    said = done.stderr.strip().splitlines() or [""]
+    if done.returncode:
+        raise MobiLlamaError(f"{contender.path} in {contender.engine}: generate ended: {' '.join(said)[-300:]}")
+    return {"context": length, "peak_rss": int(said[-1]) * 1024 if said[-1].isdecimal() else None}
+
+
+def _prompt(tokenizer: Tokenizer, tokens: int) -> str:
+    """Return the beginning of real text that has ``tokens`` tokens, or a few less."""
+    text, least, most = "", 0, 8 * tokens
+    for piece in texts():
+        text += piece
+        if len(text) >= most:
+            break
+    while most - least > 1:
+        middle = (least + most) // 2
+        fits = len(tokenizer.encode([text[:middle]])[0]) <= tokens
+        least, most = (middle, most) if fits else (least, middle)
+    return text[:least]
 
 
 def _bytes_read_per_token(path: Path) -> int:

@@ -1,9 +1,11 @@
 """One contender of ``mobillama bench infer``: a process that opens a model and does what it is told, a JSON line each.
 
-    python -P bench_worker.py ENGINE PATH THREADS DEVICE
+    python -P bench_worker.py ENGINE PATH THREADS DEVICE CONTEXT
 
 Only the standard library and numpy are imported before the engine's own, so that any interpreter that holds the engine can
-run this file. Commands: {"do": "prefill" | "decode", "tokens": n}, {"do": "read"}, {"do": "memory"}. Seconds are answered.
+run this file. Commands: {"do": "prefill", "tokens": n}, which forgets what was there; {"do": "decode", "tokens": n}, which
+goes on after it, so that counters of energy can be read between; {"do": "read"}; {"do": "memory"}. Seconds are answered.
+CONTEXT 0 is the model's own.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from typing import Any
 
 import numpy as np
 
-_PROMPT_BEFORE_DECODING = 64
+_FIRST_PROMPT = 64
 _READ_BYTES = 512 << 20
 Step = Callable[[list[int]], int]
 """Takes tokens in and returns the likeliest next one."""
 
 
-def open_ours(engine: str, path: str, threads: int, device: str) -> tuple[Step, Callable[[], None], dict[str, Any]]:
+def open_ours(
+    engine: str, path: str, threads: int, device: str, context: int
+) -> tuple[Step, Callable[[], None], dict[str, Any]]:
     """Open one of this project's engines; return its step, what empties its cache, and facts."""
     before = time.perf_counter()
     from mobillama.engine.load import open_engine
@@ -35,7 +39,9 @@ def open_ours(engine: str, path: str, threads: int, device: str) -> tuple[Step, 
     module = {"torch": "torch_engine", "onnxruntime": "onnx_engine", "native": "native_engine"}[engine]
     importlib.import_module(f"mobillama.engine.{module}")
     imported = time.perf_counter()
-    opened = open_engine(Path(path), engine, threads, device)
+    resident = _status("VmRSS")
+    # A graph has the context that it was exported for.
+    opened = open_engine(Path(path), engine, threads, device, 0 if engine == "onnxruntime" else context)
 
     def step(ids: list[int]) -> int:
         return int(opened.feed(ids).argmax())
@@ -43,6 +49,7 @@ def open_ours(engine: str, path: str, threads: int, device: str) -> tuple[Step, 
     facts = {
         "import_seconds": imported - before,
         "load_seconds": time.perf_counter() - imported,
+        "rss_before_load": resident,
         "vocabulary": opened.vocab_size,
         "context": opened.context_length,
         "read_per_token": opened.memory.read_per_token,
@@ -51,12 +58,13 @@ def open_ours(engine: str, path: str, threads: int, device: str) -> tuple[Step, 
     return step, lambda: opened.truncate(0), facts
 
 
-def open_llama_cpp(path: str, threads: int) -> tuple[Step, Callable[[], None], dict[str, Any]]:
+def open_llama_cpp(path: str, threads: int, context_length: int) -> tuple[Step, Callable[[], None], dict[str, Any]]:
     """Open llama.cpp through the C interface of llama-cpp-python."""
     before = time.perf_counter()
     import llama_cpp as c
 
     imported = time.perf_counter()
+    resident = _status("VmRSS")
     silent = c.llama_log_callback(lambda level, text, data: None)
     c.llama_log_set(silent, None)
     c.llama_backend_init()
@@ -64,7 +72,7 @@ def open_llama_cpp(path: str, threads: int) -> tuple[Step, Callable[[], None], d
     if not model:
         raise SystemExit(f"llama.cpp cannot load {path}; a shared GGUF is not for it")
     settings = c.llama_context_default_params()
-    settings.n_ctx = min(2048, c.llama_model_n_ctx_train(model))
+    settings.n_ctx = min(context_length or 2048, c.llama_model_n_ctx_train(model))
     settings.n_batch = settings.n_ubatch = 512
     settings.n_threads = settings.n_threads_batch = threads
     context = c.llama_init_from_model(model, settings)
@@ -81,6 +89,7 @@ def open_llama_cpp(path: str, threads: int) -> tuple[Step, Callable[[], None], d
     facts = {
         "import_seconds": imported - before,
         "load_seconds": time.perf_counter() - imported,
+        "rss_before_load": resident,
         "vocabulary": vocabulary,
         "context": settings.n_ctx,
         "version": _version("llama_cpp_python"),
@@ -95,24 +104,24 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
+def _status(name: str, file: str = "status") -> int | None:
+    """Return bytes that the kernel states of this process."""
+    path = Path("/proc/self") / file
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text() if path.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
 def memory(device: str) -> dict[str, Any]:
     """Return bytes of this process: most and now resident, its own alone, and of the GPU the most that tensors took."""
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-    rollup = Path("/proc/self/smaps_rollup").read_text() if Path("/proc/self/smaps_rollup").exists() else ""
-
-    def kib(text: str, name: str) -> int | None:
-        found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
-
-    own = [kib(rollup, name) for name in ("Private_Clean", "Private_Dirty")]
+    own = [_status(name, "smaps_rollup") for name in ("Private_Clean", "Private_Dirty")]
     gpu = None
     if device != "cpu":
         import torch
 
         gpu = torch.cuda.max_memory_allocated()
     return {
-        "peak_rss": kib(status, "VmHWM"),
-        "rss": kib(status, "VmRSS"),
+        "peak_rss": _status("VmHWM"),
+        "rss": _status("VmRSS"),
         "uss": None if None in own else sum(part for part in own if part),
         "gpu": gpu,
     }
@@ -149,7 +158,8 @@ class _Reader:
 
 def main() -> None:
     """Open the model, then answer commands until the input ends."""
-    engine, path, threads, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    engine, path, device = sys.argv[1], sys.argv[2], sys.argv[4]
+    threads, context = int(sys.argv[3]), int(sys.argv[5])
     answers = os.fdopen(os.dup(1), "w")  # what a library prints must not come between
     os.dup2(2, 1)
 
@@ -164,12 +174,12 @@ def main() -> None:
             answer({"bytes_per_second": read()})
         return
     if engine == "llama.cpp":
-        step, forget, facts = open_llama_cpp(path, threads)
+        step, forget, facts = open_llama_cpp(path, threads, context)
     else:
-        step, forget, facts = open_ours(engine, path, threads, device)
+        step, forget, facts = open_ours(engine, path, threads, device, context)
     ids = np.random.default_rng(0).integers(3, facts["vocabulary"], facts["context"]).tolist()
     started = time.perf_counter()
-    step(ids[:_PROMPT_BEFORE_DECODING])
+    token = step(ids[:_FIRST_PROMPT])
     kept = facts.pop("kept", None)
     answer(facts | {"first_prefill_seconds": time.perf_counter() - started})
     for line in sys.stdin:
@@ -177,17 +187,16 @@ def main() -> None:
         if command["do"] == "memory":
             answer(memory(device))
             continue
-        forget()
+        times = [time.perf_counter()]
         if command["do"] == "prefill":
-            started = time.perf_counter()
-            step(ids[: command["tokens"]])
-            answer({"seconds": time.perf_counter() - started})
+            forget()
+            token = step(ids[: command["tokens"]])
+            times.append(time.perf_counter())
         else:
-            token, times = step(ids[:_PROMPT_BEFORE_DECODING]), [time.perf_counter()]
             for _ in range(command["tokens"]):
                 token = step([token])
                 times.append(time.perf_counter())
-            answer({"seconds": times[-1] - times[0], "steps": np.diff(times).tolist()})
+        answer({"seconds": times[-1] - times[0], "steps": np.diff(times).tolist()})
     del kept
 
 

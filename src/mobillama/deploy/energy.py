@@ -24,13 +24,17 @@ class Rapl:
     name = "processor"
 
     def __init__(self, root: Path = _POWERCAP) -> None:
-        self._zones = sorted(root.glob("intel-rapl:[0-9]*"))
-        self._zones = [zone for zone in self._zones if zone.name.count(":") == 1]  # packages; their parts are within
+        # The parts of a package are within it, and so is it in the zone of the whole platform (psys), where there is one.
+        self._zones = [
+            zone
+            for zone in sorted(root.glob("intel-rapl:[0-9]*"))
+            if zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
+        ]
         self._last = [self._read(zone, "energy_uj") for zone in self._zones]
         self._spans = [self._read(zone, "max_energy_range_uj") + 1 for zone in self._zones]
         self._total = 0
         if not self._zones:
-            raise OSError("no powercap zones")
+            raise OSError("no powercap zone of a package")
 
     @staticmethod
     def _read(zone: Path, name: str) -> int:

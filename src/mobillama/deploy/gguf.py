@@ -5,8 +5,7 @@ Codes of a quantized source are stored as they are where the wanted type is thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mobillama.data.tokenizer import Tokenizer, load_tokenizer
 from mobillama.deploy.parity import Parity, compare, passages, torch_logits
-from mobillama.directory import load_model
-from mobillama.engine.blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
+from mobillama.deploy.source import Source, head_kind, refuse_existing
+from mobillama.engine.blocks import F16, BlockType, decode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, read_model, write_model
-from mobillama.engine.torch_gguf import decode_weights, encode_weights, load_gguf
-from mobillama.errors import UsageError
+from mobillama.engine.gguf_model import write_model
+from mobillama.engine.torch_gguf import encode_weights, load_gguf
+from mobillama.engine.weights import EMBEDDING, HEAD
+from mobillama.errors import VerificationError
 from mobillama.model.transformer import MobiLlama
-from mobillama.recipe import ModelConfig
+from mobillama.progress import Show, quiet
 from mobillama.record.files import replaced_file, write_json
-
-# What each type may cost in KL (nats/token) before something else than rounding must be at fault.
-MOST_KL = {F32.name: 1e-6, F16.name: 1e-3, BF16.name: 1e-2, Q8_0.name: 0.05, Q4_0.name: 1.0, Q4_1.name: 1.0}
-
-Show = Callable[[str, float, float], None]
-
-
-def quiet(stage: str, done: float, total: float) -> None:
-    """Show no progress."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to export: a model directory, or a GGUF file of this project."""
-
-    shape: ModelConfig
-    tokenizer: Tokenizer
-    weights: dict[str, torch.Tensor]
-    """In the type that they are stored in; decoded where that is none of torch's."""
-    encoded: dict[str, Tensor] | None
-    """The same as encoded bytes, where the source has them."""
-    name: str
-    """For people."""
-
-    @classmethod
-    def open(cls, path: Path) -> Source:
-        """Read a model directory or a GGUF file.
-
-        Raises:
-            UsageError: it is neither.
-            CorruptDataError: it is damaged.
-        """
-        if path.is_file():
-            read = read_model(path)
-            return cls(read.shape, read.tokenizer, decode_weights(read), read.tensors, _name(path))
-        model = load_model(path)
-        return cls(model.model.shape, load_tokenizer(path), model.state_dict(), None, _name(path))
-
-    def model(self) -> MobiLlama:
-        """Return the model in float32, in evaluation mode."""
-        with torch.device("meta"):
-            model = MobiLlama(self.shape)
-        model.load_state_dict(self.weights, assign=True)
-        return model.float().eval()
 
 
 def export_gguf(
@@ -88,13 +43,14 @@ def export_gguf(
         What is recorded: types, bytes, and the figures of :class:`mobillama.deploy.parity.Parity`.
 
     Raises:
-        UsageError: ``out`` exists, or ``source`` is no model.
-        VerificationError: the file computes something else than rounding explains; nothing is kept.
+        UsageError: ``out`` or ``OUT.json`` exists, or ``source`` is no model.
+        VerificationError: the file holds something else than rounding explains; nothing is kept.
     """
-    refuse_existing(out)
+    refuse_existing(out, record_of(out))
     opened = Source.open(source)
     shared = opened.shape.share != "none" if shared is None else shared
-    return write_checked(opened, _encoded(opened, kind), out, shared, tokens=tokens, show=show)
+    tensors = opened.checked(_encoded(opened, kind), out)
+    return write_checked(opened, tensors, out, shared, tokens=tokens, show=show)
 
 
 def write_checked(
@@ -107,7 +63,9 @@ def write_checked(
     tokens: int = 1024,
     show: Show = quiet,
 ) -> dict[str, Any]:
-    """Write encoded tensors of a model as a GGUF file, read it again, and compare it with the model on real text.
+    """Write encoded tensors of a model as a GGUF file, read it again, and tell what they cost on real text.
+
+    The file must hold exactly the numbers that the tensors decode to. How far they are from the model's is recorded.
 
     Args:
         source: the model.
@@ -123,10 +81,10 @@ def write_checked(
         What is recorded.
 
     Raises:
-        UsageError: ``out`` exists.
-        VerificationError: the file computes something else than rounding explains; nothing is kept.
+        UsageError: ``out`` or ``OUT.json`` exists.
+        VerificationError: the file holds other numbers than the tensors; nothing is kept.
     """
-    refuse_existing(out)
+    refuse_existing(out, record_of(out))
     with replaced_file(out) as work:
         write_model(
             work,
@@ -141,17 +99,24 @@ def write_checked(
         rows = passages(source.tokenizer, source.shape.max_position_embeddings, tokens)
         expected = _logits_of(source, rows, show)
         copy, tokenizer = load_gguf(work, torch.float32)
+        _require_same_numbers(copy, tensors, out)
         parity = compare(lambda ids: next(expected), torch_logits(copy), rows, tokenizer, show)
-        parity.require(out, max(MOST_KL[tensor.kind.name] for tensor in tensors.values()))
         record = _facts(source.name, work, shared, tensors, parity) | dict(facts or {})
-    write_json(out.with_name(f"{out.name}.json"), record)
+    write_json(record_of(out), record)
     return record
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise a UsageError if there is something at ``out`` already."""
-    if out.exists():
-        raise UsageError(f"{out}: exists already; choose another name or remove it")
+def record_of(out: Path) -> Path:
+    """Return the place of the figures of an exported file."""
+    return out.with_name(f"{out.name}.json")
+
+
+def _require_same_numbers(copy: MobiLlama, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Raise a VerificationError if a model that was read again holds other numbers than tensors decode to."""
+    weights = copy.state_dict()
+    for name, tensor in tensors.items():
+        if not np.array_equal(weights[name].numpy().reshape(len(tensor.rows), -1), decode(tensor.rows, tensor.kind)):
+            raise VerificationError(f"{place}: '{name}' reads otherwise than it was written; report this")
 
 
 def _logits_of(source: Source, rows: list[list[int]], show: Show) -> Iterator[NDArray[np.float32]]:
@@ -173,22 +138,6 @@ def _encoded(source: Source, kind: BlockType | None) -> dict[str, Tensor]:
         if tensor.kind == wanted[name].kind:
             wanted[name] = tensor
     return wanted
-
-
-def head_kind(kind: BlockType) -> BlockType:
-    """Return the type of the head in a file of ``kind``: eight bits where the rest has four.
-
-    Its rounding meets every prediction directly, and nothing after it can make up for it.
-    """
-    return Q8_0 if kind in (Q4_0, Q4_1) else kind
-
-
-def _name(source: Path) -> str:
-    """Return a name for people: a checkpoint's ``model`` directory is called by its run and step."""
-    place = source.resolve()
-    if place.parent.parent.name == "checkpoints":
-        return f"{place.parents[2].name}-{place.parent.name}"
-    return place.stem if source.is_file() else place.name
 
 
 def _facts(name: str, out: Path, shared: bool, tensors: Mapping[str, Tensor], parity: Parity) -> dict[str, Any]:

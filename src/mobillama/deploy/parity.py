@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mobillama.data.tokenizer import Tokenizer, token_lengths
 from mobillama.errors import VerificationError
+from mobillama.progress import Show, quiet
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]
 """From ids (t) to the logits (t, v) that follow each."""
@@ -51,12 +52,13 @@ class Parity:
             f"max {self.max_logit_error:.2e} · bits per byte {self.bits_per_byte_model:.4f} → {self.bits_per_byte_copy:.4f}"
         )
 
-    def require(self, place: object, most_kl: float) -> None:
+    def require(self, place: object, most_kl: float, least_top1: float = 0.0) -> None:
         """Raise a VerificationError if the copy is further from the model than rounding explains."""
-        if not self.kl_nats_per_token <= most_kl:  # a NaN too
+        if not (self.kl_nats_per_token <= most_kl and self.top1_agreement >= least_top1):  # a NaN too
             raise VerificationError(
-                f"{place}: is {self.kl_nats_per_token:.3g} nats/token from the model, where rounding explains {most_kl:g}; "
-                "nothing was kept: choose a wider type, or report this if the model is a trained one"
+                f"{place}: is {self.kl_nats_per_token:.3g} nats/token from what the same numbers give in torch, where rounding "
+                f"explains {most_kl:g}, and has the same likeliest token in {self.top1_agreement:.1%}, where it is to be "
+                f"{least_top1:.0%}; nothing was kept: report this"
             )
 
     def record(self) -> dict[str, float]:
@@ -147,7 +149,7 @@ def compare(
     copy: Logits,
     rows: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
-    show: Callable[[str, float, float], None] = lambda stage, done, total: None,
+    show: Show = quiet,
 ) -> Parity:
     """Return how far ``copy`` is from ``model`` on passages of ids, from :func:`passages`; ``show`` is told the progress."""
     comparison = Comparison(tokenizer)

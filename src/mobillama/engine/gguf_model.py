@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from mobillama.data.tokenizer import JsonTokenizer, Tokenizer
 from mobillama.data.vocabulary import UNUSED, Vocabulary
 from mobillama.engine.gguf import GGUF, Tensor, read_gguf, write_gguf
+from mobillama.engine.weights import EMBEDDING, HEAD, check_layers, check_vocabulary, check_weights, weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import ModelConfig
 
 SHARE_KEY, GROUPS_KEY = "mobillama.share", "mobillama.ffn_groups"
-_MAX_LAYERS = 512  # of one shared block, whose tensors bound them not
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTER = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 _LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -82,22 +81,6 @@ def _names(shape: ModelConfig, repeated: bool) -> dict[str, str]:
     return names | ({} if shape.tie_word_embeddings else {"output.weight": HEAD})
 
 
-def weight_shape(name: str, shape: ModelConfig) -> tuple[int, ...]:
-    """Return the shape of a weight by its name in this project."""
-    width, inner, head = shape.hidden_size, shape.intermediate_size, shape.attention_head_dim
-    queries, keys = shape.num_attention_heads * head, shape.key_value_heads * head
-    part = name.split(".")[-2]
-    if part in ("embed_tokens", "lm_head"):
-        return shape.vocab_size, width
-    if part in ("q_norm", "k_norm"):
-        return (head,)
-    matrices = {
-        "q_proj": (queries, width), "k_proj": (keys, width), "v_proj": (keys, width), "o_proj": (width, queries),
-        "gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner),
-    }  # fmt: skip
-    return matrices.get(part, (width,))
-
-
 def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
     """Open a GGUF file of a Llama: written by this project, shared or not, or by llama.cpp's tools.
 
@@ -132,15 +115,9 @@ def read_model(path: Path, keep_copies: bool = False) -> GGUFModel:
                 f"{path}: '{differing}' is to be the same as '{original}' ({SHARE_KEY} says) and differs; import it with "
                 "--unshared to keep each"
             )
-    tensors = {}
-    for theirs, name in names.items():
-        tensor = file.tensors[theirs]
-        wanted = weight_shape(name, shape)
-        if tensor.shape != wanted:
-            raise CorruptDataError(
-                f"{path}: '{theirs}' has the shape {tensor.shape}, not {wanted} as its metadata demand"
-            )
-        tensors[name] = _reordered(tensor, name, name, shape, _half_apart)
+    wanted = {theirs: weight_shape(ours, shape) for theirs, ours in names.items()}
+    check_weights(path, wanted, {theirs: tensor.shape for theirs, tensor in file.tensors.items()})
+    tensors = {name: _reordered(file.tensors[theirs], name, name, shape, _half_apart) for theirs, name in names.items()}
     return GGUFModel(shape, tensors, file)
 
 
@@ -266,9 +243,9 @@ def _read_shape(file: GGUF, keep_copies: bool) -> ModelConfig:
     share: Any
     share, groups = ("none", 1) if keep_copies else (stated(SHARE_KEY), stated(GROUPS_KEY, 1))
     share = _found_share(file, layers) if share is None else share
-    most_layers = _MAX_LAYERS if share == "block" else len(file.tensors)
+    check_layers(path, layers, share, len(file.tensors))
     known = get_args(get_type_hints(ModelConfig)["share"])
-    if share not in known or not isinstance(groups, int) or layers > most_layers:
+    if share not in known or not isinstance(groups, int):
         raise CorruptDataError(
             f"{path}: states {layers:,} layers that share {share!r:.40} in {groups!r:.40} groups; fetch the file again"
         )
@@ -336,11 +313,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         UsageError: it is of a type that GGUF has no name for, or has more ids than the model.
     """
     vocabulary = tokenizer.vocabulary
+    check_vocabulary(tokenizer.path, len(vocabulary.pieces), vocab_size)
     unused = vocab_size - len(vocabulary.pieces)
-    if unused < 0:
-        raise UsageError(
-            f"{tokenizer.path}: has {len(vocabulary.pieces)} ids, the model {vocab_size}; put the model's own tokenizer there"
-        )
     pieces = [*vocabulary.pieces, *(f"[PAD{vocab_size - unused + i}]" for i in range(unused))]
     facts: dict[str, Any] = {
         "model": vocabulary.kind,

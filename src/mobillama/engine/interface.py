@@ -155,6 +155,11 @@ def chosen_context(path: Path, wanted: int, most: int) -> int:
     return wanted or most
 
 
+def does_not_fit(place: object, context: int, remedy: str = "give --context, a number of tokens that do") -> UsageError:
+    """Return the error of a model whose keys and values of a context are more than the memory holds."""
+    return UsageError(f"{place}: the model with a context of {context:,} tokens does not fit the memory; {remedy}")
+
+
 def _check_ids(ids: Sequence[int], held: int, context_length: int, vocab_size: int) -> None:
     if not ids:
         raise ValueError("an engine is fed at least one token")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
 from mobillama.engine.interface import BatchEngine, Engine, OneSlot, chosen_context
+from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError
 from mobillama.record.environment import available_cores
 
@@ -77,7 +78,9 @@ def _native_is_built() -> bool:
     return True
 
 
-def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> tuple[Engine, Tokenizer]:
+def load_engine(
+    path: Path, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> tuple[Engine, Tokenizer]:
     """Return the engine and tokenizer of a model.
 
     Args:
@@ -85,13 +88,15 @@ def load_engine(path: Path, engine: str = "auto", threads: int = 0, device: str 
         engine: one of ``mobillama.engine.ENGINES``; auto: see :func:`engine_for`.
         threads: to compute with; 0: what the engine takes by itself, all cores as a rule.
         device: cpu, cuda, or auto: a GPU where torch sees one.
+        context_length: tokens to make room for; 0: what the model was made for.
 
     Raises:
-        UsageError: there is no model, the engine cannot open it, there are fewer cores than ``threads``, or its tokenizer is
-            missing or has another vocabulary.
+        UsageError: there is no model, the engine cannot open it, there are fewer cores than ``threads`` or no such device,
+            ``context_length`` is more than the model was made for or fits no memory, or its tokenizer is missing or has
+            another vocabulary.
         CorruptDataError: it is damaged.
     """
-    opened = open_engine(path, engine, threads, device)
+    opened = open_engine(path, engine, threads, device, context_length)
     return opened, _matching_tokenizer(path, opened.vocab_size)
 
 
@@ -106,10 +111,10 @@ def load_batch_engine(
         engine: see :func:`load_engine`.
         threads: to compute with.
         device: to compute on.
-        context_length: tokens that a slot holds; 0: what the model was made for.
+        context_length: tokens that a slot holds.
 
     Raises:
-        UsageError: see :func:`load_engine`; or ``context_length`` is more than the model was made for.
+        UsageError: see :func:`load_engine`.
         CorruptDataError: it is damaged.
     """
     opened = open_batch_engine(path, slots, engine, threads, device, context_length)
@@ -117,31 +122,32 @@ def load_batch_engine(
 
 
 def _matching_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    tokenizer = _tokenizer_of(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; "
-            "put the model's own tokenizer beside it"
-        )
+    tokenizer = tokenizer_of(path)
+    check_vocabulary(path, tokenizer.vocab_size, vocab_size, exact=True)
     return tokenizer
 
 
-def open_engine(path: Path, engine: str = "auto", threads: int = 0, device: str = "auto") -> Engine:
+def open_engine(
+    path: Path, engine: str = "auto", threads: int = 0, device: str = "auto", context_length: int = 0
+) -> Engine:
     """Return the engine of a file or directory; arguments and errors are those of :func:`load_engine`."""
     check_threads(threads)
     chosen_engine = engine_for(path, engine, device)
     _check_device(path, chosen_engine, device)
     if chosen_engine == ONNXRUNTIME:
+        if context_length:
+            raise UsageError(f"--context: {chosen_engine} holds as many tokens as it was exported for; leave it out")
         from mobillama.engine.onnx_engine import OnnxEngine
 
         return OnnxEngine.load(path, threads)
     if chosen_engine == NATIVE:
         from mobillama.engine.native_engine import NativeEngine
 
-        return NativeEngine.load(path, threads)
+        return NativeEngine.load(path, threads, context_length)
     from mobillama.engine.torch_engine import TorchEngine
 
-    return TorchEngine(_torch_model(path, threads, device))
+    model = _torch_model(path, threads, device)
+    return TorchEngine(model, chosen_context(path, context_length, model.model.shape.max_position_embeddings))
 
 
 def open_batch_engine(
@@ -152,9 +158,7 @@ def open_batch_engine(
     """
     chosen = engine_for(path, engine, device)
     if chosen not in (NATIVE, TORCH):
-        if context_length:
-            raise UsageError(f"--context: {chosen} holds as many tokens as it was exported for; leave it out")
-        return OneSlot(open_engine(path, engine, threads, device))
+        return OneSlot(open_engine(path, engine, threads, device, context_length))
     check_threads(threads)
     if chosen == NATIVE:
         _check_device(path, chosen, device)
@@ -168,6 +172,19 @@ def open_batch_engine(
     return TorchBatchEngine(model, slots, chosen_context(path, context_length, most))
 
 
+def check_gpu(device: str) -> None:
+    """Refuse ``cuda`` where torch sees no GPU.
+
+    Raises:
+        UsageError: it sees none.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--device: cuda is asked for, but torch sees no GPU here; leave it out")
+
+
 def _check_device(path: Path, engine: str, device: str) -> None:
     if engine != TORCH and device == "cuda":
         raise UsageError(f"{path}: {engine} computes on the CPU here; leave --device out")
@@ -178,6 +195,7 @@ def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:
 
     if threads:
         torch.set_num_threads(threads)
+    check_gpu(device)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if path.is_dir():
         from mobillama.directory import load_model
@@ -188,7 +206,13 @@ def _torch_model(path: Path, threads: int, device: str) -> MobiLlama:
     return load_gguf(path)[0].to(chosen)
 
 
-def _tokenizer_of(path: Path) -> Tokenizer:
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Return the tokenizer of a model file or directory.
+
+    Raises:
+        UsageError: it has none.
+        CorruptDataError: it is damaged.
+    """
     if path.suffix == ".gguf":
         from mobillama.engine.gguf import read_gguf
         from mobillama.engine.gguf_model import read_tokenizer

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mobillama.engine.blocks import F16, Q8_0, TYPES, BlockType, decode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
-from mobillama.engine.interface import Memory, check_work, chosen_context
+from mobillama.engine.gguf_model import GGUFModel, read_model
+from mobillama.engine.interface import Memory, check_work, chosen_context, does_not_fit
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.native.build import CannotBuild
 from mobillama.native.library import Layer, Run, Shape, kernels, library
@@ -50,7 +51,7 @@ class NativeBatchEngine:
 
     Raises:
         CorruptDataError: weights are infinite or no numbers.
-        MobiLlamaError: there is not enough memory.
+        UsageError: the model with this context does not fit the memory.
     """
 
     name = "native"
@@ -69,7 +70,7 @@ class NativeBatchEngine:
         self.slots, self.vocab_size = slots, shape.vocab_size
         self.context_length = context_length or shape.max_position_embeddings
         if self.context_length > _MOST_POSITIONS:
-            raise MobiLlamaError(_TOO_LARGE)
+            raise self._too_large()
         self._lengths = [0] * slots
         self._library = library()
         self._chunk = self._library.mobillama_chunk()
@@ -187,6 +188,9 @@ class NativeBatchEngine:
         if runs:
             yield runs
 
+    def _too_large(self) -> UsageError:
+        return does_not_fit("native engine", self.context_length)
+
     def _load(self, model: GGUFModel) -> None:
         numbers = {name: self._add(name, tensor) for name, tensor in model.tensors.items()}
         layers = (Layer * model.shape.num_hidden_layers)()
@@ -198,7 +202,7 @@ class NativeBatchEngine:
         head = numbers.get(HEAD, numbers[EMBEDDING])
         final_norm = numbers["model.norm.weight"]
         if not self._library.mobillama_prepare(self._model, layers, len(layers), numbers[EMBEDDING], head, final_norm):
-            raise MobiLlamaError(_TOO_LARGE)
+            raise self._too_large()
 
     def _add(self, name: str, tensor: Tensor) -> int:
         rows = np.ascontiguousarray(tensor.rows)
@@ -210,7 +214,7 @@ class NativeBatchEngine:
         if number == _NOT_FINITE:
             raise CorruptDataError(f"'{name}' holds infinite numbers or NaN; fetch or export the file again")
         if number == _NO_MEMORY:
-            raise MobiLlamaError(_TOO_LARGE)
+            raise self._too_large()
         return int(number)
 
 
@@ -226,15 +230,21 @@ class NativeEngine:
         with_kernels: str = "",
         exact: bool = False,
         cache: str = "",
+        context_length: int = 0,
     ) -> None:
-        self._batch = NativeBatchEngine(model, 1, threads, with_kernels, exact, cache)
+        self._batch = NativeBatchEngine(model, 1, threads, with_kernels, exact, cache, context_length)
         self.context_length, self.vocab_size = self._batch.context_length, self._batch.vocab_size
         self.memory = self._batch.memory
 
     @classmethod
-    def load(cls, path: Path, threads: int = 0) -> NativeEngine:
+    def load(cls, path: Path, threads: int = 0, context_length: int = 0) -> NativeEngine:
         """Open a GGUF file; errors are those of :meth:`NativeBatchEngine.load`."""
-        return _opened(path, lambda model: cls(model, threads))
+
+        def engine_of(model: GGUFModel) -> NativeEngine:
+            context = chosen_context(path, context_length, model.shape.max_position_embeddings)
+            return cls(model, threads, context_length=context)
+
+        return _opened(path, engine_of)
 
     @property
     def length(self) -> int:
@@ -273,6 +283,3 @@ def _opened(path: Path, engine_of: Callable[[GGUFModel], E]) -> E:
         return engine_of(model)
     except CorruptDataError as error:
         raise CorruptDataError(f"{path}: {error}") from None
-
-
-_TOO_LARGE = "native engine: the model and its context do not fit the memory; close other programs"

@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import mmap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
-from mobillama.engine.interface import Memory, check_tokens
+from mobillama.engine.interface import Memory, check_tokens, does_not_fit
 from mobillama.engine.load import GRAPH_FILE
 from mobillama.errors import CorruptDataError, UsageError, cause
 
@@ -63,7 +64,7 @@ class OnnxEngine:
             threads: to compute with; 0: one for each core.
 
         Raises:
-            UsageError: there is none, or another tool made it.
+            UsageError: there is none, another tool made it, or its context does not fit the memory.
             CorruptDataError: it is damaged.
         """
         if path.is_dir():
@@ -76,13 +77,16 @@ class OnnxEngine:
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has a dozen exceptions without a common base
-            raise CorruptDataError(f"{path}: ONNX Runtime cannot load it ({cause(error)}); export it again") from None
+            raise CorruptDataError(f"{path}: ONNX Runtime cannot load it ({_said(error)}); export it again") from None
         _return_freed_memory()
         try:
             stated = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}"))
             if stated.get("format") != FORMAT:
                 raise UsageError(f"{path}: was not made by 'mobillama export onnx' (no {FORMAT} in its metadata)")
             return cls(session, stated)
+        except (OSError, OverflowError, MemoryError):  # of mmap
+            context = stated["shape"]["max_position_embeddings"]
+            raise does_not_fit(path, context, "export it again with --context") from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptDataError(f"{path}: its metadata are damaged ({error!r:.80}); export it again") from None
 
@@ -141,6 +145,12 @@ class OnnxEngine:
         for name, buffer in outputs.items():
             binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(buffer))
         return binding
+
+
+def _said(error: Exception) -> str:
+    """Return the innermost of what the runtime says, without the places in its own sources."""
+    words = re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", str(error))[-1]
+    return cause(ValueError(re.sub(r"\S+\.(cc|h):\d+ \S+ ", "", words)))
 
 
 def _lazy_zeros(shape: Sequence[int], kind: type[Any]) -> NDArray[Any]:

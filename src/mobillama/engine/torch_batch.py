@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mobillama.engine.interface import Memory, check_work
-from mobillama.model.attention import KVCache
+from mobillama.engine.torch_engine import new_cache
 from mobillama.model.transformer import MobiLlama
 
 
@@ -28,6 +28,9 @@ class TorchBatchEngine:
         model: in evaluation mode.
         slots: sequences held at once.
         context_length: tokens that a slot holds; absent: what the model was made for.
+
+    Raises:
+        UsageError: the context does not fit the memory.
     """
 
     name = "torch"
@@ -37,7 +40,7 @@ class TorchBatchEngine:
         self._model, self._device, self.slots = model, weight.device, slots
         self.context_length = context_length or shape.max_position_embeddings
         self.vocab_size = shape.vocab_size
-        cache = KVCache(shape, slots, self.context_length, weight.dtype, weight.device)
+        cache = new_cache(model, slots, self.context_length)
         self._keys_lbhsd, self._values_lbhsd = cache.tensors(self.context_length)
         self._lengths, self._row_of = [0] * slots, list(range(slots))
         sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}  # what is shared or tied comes once

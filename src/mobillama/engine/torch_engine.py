@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mobillama.engine.interface import Memory, check_tokens
+from mobillama.engine.interface import Memory, check_tokens, does_not_fit
 from mobillama.model.attention import KVCache
 from mobillama.model.transformer import MobiLlama
 
@@ -21,6 +21,9 @@ class TorchEngine:
         model: in evaluation mode.
         context_length: tokens to make room for; absent: what the model was made for.
         compile: let torch's compiler fuse the element-wise work of a step before it is captured (half a minute at start).
+
+    Raises:
+        UsageError: the context does not fit the memory.
     """
 
     name = "torch"
@@ -32,7 +35,7 @@ class TorchEngine:
         self.context_length = context_length or config.max_position_embeddings
         self.vocab_size = config.vocab_size
         self._device = weight.device
-        self._cache = KVCache(config, 1, self.context_length, weight.dtype, weight.device)
+        self._cache = new_cache(model, 1, self.context_length)
         sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}  # what is shared or tied comes once
         looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
         weights = sum(sizes.values())
@@ -70,6 +73,19 @@ class TorchEngine:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
         self._cache.truncate(length)
+
+
+def new_cache(model: MobiLlama, rows: int, context_length: int) -> KVCache:
+    """Return room for the keys and values of ``rows`` sequences, where the model's weights are.
+
+    Raises:
+        UsageError: it does not fit the memory.
+    """
+    weight = model.lm_head.weight
+    try:
+        return KVCache(model.model.shape, rows, context_length, weight.dtype, weight.device)
+    except (OSError, OverflowError, MemoryError, RuntimeError):  # of mmap, and of torch on a GPU
+        raise does_not_fit("torch engine", context_length) from None
 
 
 class OneTokenStep:

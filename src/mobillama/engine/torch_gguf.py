@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.blocks import BF16, F16, F32, BlockType, decode, encode
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, GGUFModel, read_model
+from mobillama.engine.gguf_model import GGUFModel, read_model
+from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
 

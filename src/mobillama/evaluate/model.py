@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
 from mobillama.directory import CONFIG_FILE, verify_in_checkpoint
+from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import CorruptDataError, UsageError, cause
 from mobillama.importing.models import import_model
 from mobillama.record.files import read_json, sha256_file, sha256_json
@@ -148,8 +149,5 @@ def load(files: ModelFiles, device: torch.device) -> tuple[Any, Any]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise CorruptDataError(f"{files.name}: its weights lack {missing}; restore it from a copy")
     ids = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > ids:
-        raise UsageError(
-            f"{files.name}: its tokenizer has {len(tokenizer)} ids, the model {ids}; put the model's own tokenizer beside it"
-        )
+    check_vocabulary(files.name, len(tokenizer), ids)
     return model.to(device).eval(), tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,18 @@ from torch import Tensor
 
 from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from mobillama.directory import CONFIG_FILE, MODEL_TYPE, save_model
-from mobillama.engine.gguf_model import EMBEDDING, HEAD, read_model, stored_names, weight_shape
+from mobillama.engine.gguf_model import read_model, stored_names
 from mobillama.engine.torch_gguf import decode_weights
+from mobillama.engine.weights import EMBEDDING, HEAD, check_layers, check_vocabulary, check_weights, weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.importing.weight_files import WeightFiles
+from mobillama.progress import Show, quiet
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import new_directory, read_json, sha256_file, write_json
 
 IMPORT_FILE = "import.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
-
-Show = Callable[[str, float, float], None]
-
-
-def _quiet(stage: str, done: float, total: float) -> None:
-    pass
 
 
 @dataclass
@@ -50,7 +46,7 @@ class Foreign:
 
 
 def import_model(
-    source: Path, out: Path, dtype: torch.dtype | None = None, keep_copies: bool = False, show: Show = _quiet
+    source: Path, out: Path, dtype: torch.dtype | None = None, keep_copies: bool = False, show: Show = quiet
 ) -> dict[str, Any]:
     """Write a model directory from ``source``; what layers share is stored once.
 
@@ -65,7 +61,7 @@ def import_model(
         What is also recorded in the directory's ``import.json``: shape, files read with their sha256, notes.
 
     Raises:
-        UsageError: ``source`` is no such model, or of a kind that is not known.
+        UsageError: ``source`` is no such model, of a kind that is not known, or holds numbers that ``dtype`` does not reach.
         CorruptDataError: it is damaged, its parts contradict one another, or copies that are to be equal differ.
     """
     with new_directory(out) as work:
@@ -73,7 +69,9 @@ def import_model(
             foreign = read_directory(source, dtype, keep_copies, show)
         else:
             read = read_model(source, keep_copies)
-            weights = decode_weights(read, dtype, lambda done, total: show("decode tensors", done, total))
+            weights = decode_weights(read, None, lambda done, total: show("decode tensors", done, total))
+            if dtype is not None:
+                weights = {name: _cast(source, name, tensor, dtype) for name, tensor in weights.items()}
             foreign = Foreign(read.shape, weights, read.tokenizer, [source])
         _fit_vocabulary(foreign)
         show("write", 0, 1)
@@ -94,10 +92,7 @@ def import_model(
 def _fit_vocabulary(foreign: Foreign) -> None:
     """Drop rows of embedding and head that no id of the tokenizer names (padding), or refuse a tokenizer that is too large."""
     ids, rows = foreign.tokenizer.vocab_size, foreign.shape.vocab_size
-    if ids > rows:
-        raise UsageError(
-            f"{foreign.tokenizer.path}: has {ids:,} ids, the model {rows:,}; put the model's own tokenizer there"
-        )
+    check_vocabulary(foreign.tokenizer.path, ids, rows)
     if ids < rows:
         foreign.notes.append(
             f"{rows - ids:,} rows of the vocabulary, which no id of the tokenizer names, were left out"
@@ -107,7 +102,7 @@ def _fit_vocabulary(foreign: Foreign) -> None:
             foreign.weights[name] = foreign.weights[name][:ids]
 
 
-def read_directory(source: Path, dtype: torch.dtype | None, keep_copies: bool, show: Show = _quiet) -> Foreign:
+def read_directory(source: Path, dtype: torch.dtype | None, keep_copies: bool, show: Show = quiet) -> Foreign:
     """Read a Hugging Face directory of a Llama.
 
     Raises:
@@ -132,12 +127,23 @@ def read_directory(source: Path, dtype: torch.dtype | None, keep_copies: bool, s
         show("read tensors", number, len(names))
     types = {tensor.dtype for tensor in weights.values()}
     dtype = dtype or (types.pop() if len(types) == 1 and types <= set(DTYPES.values()) else torch.float32)
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    weights = {name: _cast(source, name, tensor, dtype) for name, tensor in weights.items()}
     if shape.share != "none":
         copies = shape.num_hidden_layers - len({ffn for _, ffn in shape.layer_weights})
         what = "block" if shape.share == "block" else "feed-forward network"
         notes.append(f"{copies} copies of the {what} were compared, found equal and left out")
     return Foreign(shape, weights, _tokenizer(source, shape), [config, *files.paths], notes)
+
+
+def _cast(source: Path, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another type, in which none of its numbers may become infinite."""
+    cast = weight.to(dtype)
+    if weight.isfinite().all() and not cast.isfinite().all():
+        raise UsageError(
+            f"{source}: '{name}' holds numbers up to {float(weight.abs().max()):.3g}, and {str(dtype)[6:]} ends at "
+            f"{torch.finfo(dtype).max:.3g}; take --dtype bfloat16"
+        )
+    return cast
 
 
 def _refuse_what_is_no_llama(path: Path, stated: Mapping[str, Any]) -> None:
@@ -209,13 +215,9 @@ def _shape(path: Path, stated: Mapping[str, Any], files: WeightFiles, notes: lis
 
 def _check_tensors(source: Path, shape: ModelConfig, files: WeightFiles) -> None:
     """Refuse weights that are not exactly those of an unshared model of this shape."""
-    if shape.num_hidden_layers > len(files):
-        raise CorruptDataError(f"{source}: {CONFIG_FILE} states {shape.num_hidden_layers:,} layers; fewer have weights")
+    check_layers(source / CONFIG_FILE, shape.num_hidden_layers, shape.share, len(files))
     wanted = {_origin(name, shape): weight_shape(name, shape) for name in stored_names(shape).values()}
-    for name, size in wanted.items():
-        if files.shapes.get(name) != size:
-            found = f"has the shape {files.shapes[name]}" if name in files else "is missing"
-            raise CorruptDataError(f"{source}: '{name}' {found}, and is to be {size}; fetch the weights again")
+    check_weights(source, wanted, files.shapes)
     exponents = torch.arange(0, shape.attention_head_dim, 2) / shape.attention_head_dim
     for name in files.shapes.keys() - wanted.keys():
         if name.endswith("rotary_emb.inv_freq"):
@@ -241,7 +243,7 @@ def _origin(name: str, shape: ModelConfig) -> str:
 
 
 def find_sharing(
-    plain: ModelConfig, files: Mapping[str, Tensor], claimed: bool, source: Path, show: Show = _quiet
+    plain: ModelConfig, files: Mapping[str, Tensor], claimed: bool, source: Path, show: Show = quiet
 ) -> ModelConfig:
     """Return the shape with what layers share, found by comparing an unshared model's copies bit for bit.
 

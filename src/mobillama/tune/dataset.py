@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mobillama.data.store import SequenceFile, write_array, write_sequences
 from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import Tokenizer, id_type, load_tokenizer, save_tokenizer, token_lengths
 from mobillama.errors import UsageError
+from mobillama.progress import Show
 from mobillama.recipe import SftRecipe
 from mobillama.record.files import new_directory
 from mobillama.record.manifest import read_manifest, verify_manifest, write_manifest
@@ -38,8 +39,6 @@ COUNTS = ("rows", "faulty", "nothing_to_learn", "lost_answers", "split", "too_lo
 conversations that began with an answer, which was left out; those that were split; exchanges too long for a sequence, left
 out; and conversations held out."""
 _ROWS_AT_ONCE = 1024
-
-Show = Callable[[str, float, float], None]
 
 
 def quiet(stage: str, done: float, total: float) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from mobillama.directory import WEIGHTS_FILE, load_model, read_config, save_model
+from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
+from mobillama.progress import Show
 from mobillama.recipe import SftRecipe
 from mobillama.record.chain import read_chain
 from mobillama.record.files import sha256_file
@@ -27,7 +29,7 @@ from mobillama.train.task import check_shares
 from mobillama.train.world import World
 from mobillama.tune.adapters import ADAPTER_DIRECTORY, adapter_tensors, add_adapters, merged, save_adapters
 from mobillama.tune.conversations import describe_source
-from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, Show, gather, quiet, write
+from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, gather, quiet, write
 
 _EXAMPLE = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -84,8 +86,7 @@ class Tuning:
                 f"set it to {shape.max_position_embeddings} or less"
             )
         self._tokenizer = load_tokenizer(self._start)
-        if self._tokenizer.vocab_size > shape.vocab_size:
-            raise UsageError(f"{self._start}: its tokenizer has more ids than the model; put the model's own there")
+        check_vocabulary(self._start, self._tokenizer.vocab_size, shape.vocab_size)
         template = _template(recipe, self._tokenizer)
         self._tokenizer.chat_template = template.source
         self._tell(template)

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mobillama.console import note, progress, table
-from mobillama.deploy.bench import DECODED, PREFILLS, Settings, check_python, contenders, measure, thread_counts
+from mobillama.deploy.bench import (
+    DECODED,
+    PREFILLS,
+    Settings,
+    check_python,
+    contenders,
+    measure,
+    stage_of,
+    thread_counts,
+)
 from mobillama.record.environment import environment
 from mobillama.record.files import write_json
 
@@ -44,6 +53,7 @@ def bench_inference(
     threads: Sequence[int],
     rounds: int,
     device: str,
+    context: int,
     llama_python: str | None,
     remark: str,
     out: Path | None,
@@ -58,6 +68,7 @@ def bench_inference(
         threads: to measure at; none: 1 and all.
         rounds: turns of each contender.
         device: cpu or cuda.
+        context: tokens that engines have room for; 0: what each model was made for.
         llama_python: an interpreter with llama-cpp-python.
         remark: what a reader must know, for example that weights are random.
         out: the JSON file to write.
@@ -70,7 +81,7 @@ def bench_inference(
     """
     check_python(llama_python)
     entrants = contenders(paths, engine, llama_python, device)
-    settings = Settings(thread_counts(threads, device), rounds, device=device)
+    settings = Settings(thread_counts(threads, device), rounds, device=device, context=context)
     with progress() as show:
         rows = measure(entrants, settings, show)
     result = {"environment": environment(), "remark": remark, "rounds": rounds, "rows": rows}
@@ -116,29 +127,22 @@ def show_inference(result: dict[str, Any]) -> None:
         ],
     )
     limits = {row["threads"]: row["memory_bytes_per_second"] / 1e9 for row in rows}
-    said = ", ".join(f"{limit:.1f} GB/s at {threads}" for threads, limit in limits.items())
+    said = ", ".join(f"{limit:.1f} GB/s at {stage_of(threads)}" for threads, limit in limits.items())
     note(
         f"GB/s read: distinct weights of a token × tokens/s. Limit: the best that plain reading of memory reached "
-        f"between the turns ({said} threads); a network that stays in the processor's cache may exceed it."
+        f"between the turns ({said}); a network that stays in the processor's cache may exceed it."
     )
-    table(
-        "Size, memory and latency",
-        [
-            "model",
-            "engine",
-            "threads",
-            "file MB",
-            "peak RSS MiB",
-            "USS MiB",
-            "GPU MiB",
-            "first token s",
-            "load ms",
-            "init ms",
-            "forward ms",
-            "J / 1,000 tokens",
-        ],
-        [_latency_row(row) for row in rows],
+    names = ["model", "engine", "threads"]
+    columns = ["file MB", "load adds MiB", "peak RSS MiB", "generate MiB", "USS MiB", "GPU MiB"]
+    table("Size and memory", [*names, *columns], [_memory_row(row) for row in rows])
+    contexts = sorted({row["generate"]["context"] for row in rows if row["generate"]})
+    note(
+        "load adds: resident memory once the model is loaded and that prompt taken in, less that of the process with its "
+        "libraries. peak RSS: of the measuring process. generate: the peak of 'mobillama generate' as a process of its own, "
+        f"over {', '.join(f'{its:,}' for its in contexts)} tokens of prompt and answer."
     )
+    columns = ["first token s", "load ms", "init ms", "forward ms", "J / 1,000 tokens"]
+    table("Latency and energy", [*names, *columns], [_latency_row(row) for row in rows])
     note(
         "first token: from the start of a process to the first token after a prompt of 64, file in the page cache. load: "
         "opening the model. init: the first pass over that prompt. forward: the median decoded token."
@@ -148,15 +152,27 @@ def show_inference(result: dict[str, Any]) -> None:
     _show_paper()
 
 
-def _latency_row(row: dict[str, Any]) -> list[str]:
-    memory, energy = row["memory_bytes"], row["joules_per_1000_tokens"]
-    spent = ", ".join(f"{name} {value:.0f}" for name, value in energy.items()) or _NOT_MEASURED
+def _memory_row(row: dict[str, Any]) -> list[str]:
+    memory, generated = row["memory_bytes"], row["generate"]
     return [
         row["model"],
         row["engine"],
         str(row["threads"]),
         f"{row['file_bytes'] / 1e6:.1f}",
-        *(_mebibytes(memory[name]) for name in ("peak_rss", "uss", "gpu")),
+        _mebibytes(memory["loaded"] and memory["loaded"] - memory["before_load"]),
+        _mebibytes(memory["peak_rss"]),
+        _mebibytes(generated and generated["peak_rss"]),
+        *(_mebibytes(memory[name]) for name in ("uss", "gpu")),
+    ]
+
+
+def _latency_row(row: dict[str, Any]) -> list[str]:
+    energy = row["joules_per_1000_tokens"]
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in energy.items()) or _NOT_MEASURED
+    return [
+        row["model"],
+        row["engine"],
+        str(row["threads"]),
         f"{row['first_token_seconds']['median']:.2f}",
         *(f"{1000 * row[f'{name}_seconds']:.1f}" for name in ("load", "init", "forward")),
         spent,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import run_cli, shared_data
+from mobillama.cli import main
 from mobillama.deploy.gguf import export_gguf
 from mobillama.engine.blocks import TYPES
 from mobillama.errors import CorruptDataError, UsageError
@@ -75,6 +76,26 @@ def test_scores_and_samples_equal_the_harness(evaluator, small_model, benchmarks
         assert found["stderr"] == pytest.approx(expected[f"{metric}_stderr,none"])
     assert ours["benchmarks"]["SIQA"]["score"] == 100 * theirs["results"]["social_iqa"]["acc_norm,none"]
     assert ours["packed"] and ours["model"]["sha256"]["model.safetensors"]
+
+
+def test_questions_without_a_likeliest_choice_are_counted_and_told(
+    benchmarks, small_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mobillama.workflows.evaluation.find_suite", lambda name: SMALL)
+    flat = tmp_path / "flat"
+    shutil.copytree(small_model, flat)
+    weights = load_file(flat / "model.safetensors")
+    weights["model.norm.weight"].zero_()  # every token is as likely as any other
+    save_file(weights, flat / "model.safetensors")
+    words = ["--suite", "paper", "--benchmarks", str(benchmarks), "--out", str(tmp_path / "evals")]
+    assert main(["evaluate", str(flat), *words]) == 0
+    (directory,) = (tmp_path / "evals" / "paper").iterdir()
+    result = read_result(directory)
+    answers = [json.loads(line)["logprobs"] for line in (directory / "samples.jsonl").read_text().splitlines()[1:]]
+    tied = sum(logprobs.count(max(logprobs)) > 1 for logprobs in answers)
+    assert tied > 5 and tied == sum(facts["ties"] for facts in result["benchmarks"].values())
+    assert f"{tied} questions have no single likeliest choice" in capsys.readouterr().err
 
 
 def test_what_is_done_is_not_done_again_and_caches_serve_the_next_model(evaluator, small_model, tmp_path):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mobillama.evaluate.requests import LoadedTask
 
 Progress = Callable[..., None]
+SCORING = 2  # one more whenever the same model comes to answer otherwise; 2: logits in float32
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Evaluator:
             "holdout": self.dataset and self.dataset.digest,
             "limit": self.limit,
             "precision": self._precision,
+            "scoring": SCORING,
         }
 
     def evaluate(self, files: ModelFiles, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobillama.evaluate.tree import Batch, Sequence, batches, pack
+from mobillama.model.linear import Linear
 
 ROW_TOKENS = 1024
 # Logits held in float32 at once, in numbers.
 _CHUNK = 1 << 28
+# Weights of a head in float32 at once, in numbers.
+_HEAD_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Scorer:
 
     Args:
         model: a causal language model, its weights in float32; see ``precision``.
-        precision: what weights are cast to, once it is known how the model takes masks: ``float32`` or ``bfloat16``.
+        precision: what weights are cast to, once it is known how the model takes masks: ``float32`` or ``bfloat16``. The
+            logits of a head that is one matrix are in float32 even so: in bfloat16 those between 16 and 32 would be
+            multiples of 1/8, and the choices of many a question equal.
         longest: sequences up to so many tokens are packed; longer ones are read one a row.
         batch_tokens: tokens through the model at once; 0: as suits the device.
 
@@ -56,11 +61,14 @@ class Scorer:
         self._longest = longest
         self._outputs_m: Tensor | None = None
         # The head sees only what is predicted from, whatever stands around it: scaling or capping of logits still applies.
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_outputs)
+        self._head = model.get_output_embeddings()
+        self._head.register_forward_pre_hook(self._keep_outputs)
         self.packs = self._heeds_mask_and_positions(longest)
         if precision == "bfloat16":  # buffers, of rotary frequencies say, stay in float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
+            if type(self._head) in (nn.Linear, Linear):  # what others do besides is theirs to know
+                self._head.forward = self._multiply_in_float32
 
     def score(self, sequences: list[Sequence]) -> Iterator[list[Score]]:
         """Yield scores batch by batch, longest rows first; each sequence once."""
@@ -145,9 +153,26 @@ class Scorer:
         hidden_btc, *rest = inputs
         return (hidden_btc.flatten(0, 1)[self._outputs_m][None], *rest)
 
+    def _multiply_in_float32(self, hidden_bmc: Tensor) -> Tensor:
+        if self._outputs_m is None:  # not asked by us
+            return type(self._head).forward(self._head, hidden_bmc)
+        return multiply_in_float32(hidden_bmc[0], self._head.weight, self._head.bias)[None]
+
     def _tensor(self, array: NDArray[np.int32]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def multiply_in_float32(x_mc: Tensor, weight_vc: Tensor, bias_v: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` (m, v) in float32, of inputs in bfloat16, without a copy of the whole weight."""
+    if x_mc.is_cuda:
+        y_mv = torch.mm(x_mc, weight_vc.T, out_dtype=torch.float32)
+    else:
+        y_mv = x_mc.new_empty(len(x_mc), len(weight_vc), dtype=torch.float32)
+        rows = max(1, _HEAD_PIECE // weight_vc.shape[1])
+        for part_mv, part_vc in zip(y_mv.split(rows, dim=1), weight_vc.split(rows), strict=True):
+            part_mv.copy_(x_mc.float() @ part_vc.float().T)
+    return y_mv if bias_v is None else y_mv.add_(bias_v)
 
 
 def tree_mask(ends_bt: Tensor, dtype: torch.dtype) -> Tensor:

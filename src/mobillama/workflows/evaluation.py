@@ -315,6 +315,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(
             f"{lost['continuations']:,} answers longer than the context were scored in part; do not compare them"
         )
+    if ties := sum(facts["ties"] for facts in result.get("benchmarks", {}).values()):
+        remarks.append(f"{ties:,} questions have no single likeliest choice; the first of the equal ones counts")
     if result.get("packed") is False:
         remarks.append("takes no masks of ours, so choices were read one by one")
     return remarks

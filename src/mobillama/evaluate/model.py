@@ -57,7 +57,7 @@ def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFile
 
     Raises:
         UsageError: there is no such directory or repository, or it holds no model, or one without its tokenizer.
-        CorruptDataError: a file of a checkpoint is not as it was written.
+        CorruptDataError: a file of a checkpoint is not as it was written, or goes while it is read.
     """
     directory = Path(name)
     if directory.suffix == ".gguf" and directory.is_file():
@@ -79,7 +79,12 @@ def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFile
         raise UsageError(f"{directory}: holds no weights; copy the model's safetensors files there")
     if not any(path.name.startswith(_VOCABULARIES) or path.suffix == ".model" for path in files):
         raise UsageError(f"{directory}: no tokenizer there (tokenizer.json or tokenizer.model); copy the model's own")
-    return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
+    try:
+        return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
+    except OSError as error:
+        raise CorruptDataError(
+            f"{error.filename}: {error.strerror} while it was read; restore it from a copy"
+        ) from None
 
 
 def _import(file: Path, cache: Path) -> ModelFiles:

@@ -80,8 +80,12 @@ class Evaluator:
 
     def key(self, files: ModelFiles) -> dict[str, Any]:
         """Return what an evaluation's result depends on."""
+        return {"model": files.digest, **self.protocol}
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """What the result depends on beside the model."""
         return {
-            "model": files.digest,
             "suite": self.suite.name,
             "questions": sha256_json([task.digest for task in self.tasks]),
             "holdout": self.dataset and self.dataset.digest,
@@ -99,7 +103,7 @@ class Evaluator:
             facts: what else is known of the model, a checkpoint's step and tokens say; recorded.
 
         Raises:
-            UsageError: another process evaluates into the directory.
+            LockedError: another process evaluates into the directory.
         """
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, "an evaluation"):
@@ -217,7 +221,7 @@ def record_failure(directory: Path, name: str, facts: dict[str, Any], error: Exc
     """Write that a model could not even be opened, and return that result.
 
     Raises:
-        UsageError: another process evaluates into the directory.
+        LockedError: another process evaluates into the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory, "an evaluation"):

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
@@ -28,6 +30,7 @@ from mobillama.evaluate.model import find_model
 from mobillama.evaluate.requests import SEED, load_tasks
 from mobillama.evaluate.results import read_result
 from mobillama.evaluate.run import Evaluator, record_failure
+from mobillama.evaluate.samples import open_samples
 from mobillama.evaluate.suites import SUITES, find_suite
 from mobillama.record.files import sha256_file
 
@@ -129,11 +132,19 @@ def test_questions_of_another_number_or_content_are_other_requests(evaluator, be
     ]
 
 
-def test_a_gguf_file_is_evaluated_as_the_model_it_was_made_of(evaluator, small_model, tmp_path):
+def test_a_gguf_file_is_evaluated_as_the_model_it_was_made_of(evaluator, small_model, tmp_path, monkeypatch):
     export_gguf(small_model, tmp_path / "small.gguf", TYPES["f32"], tokens=64)
     files = find_model(str(tmp_path / "small.gguf"), tmp_path / "cache")
-    assert files.sha256["small.gguf"] == sha256_file(tmp_path / "small.gguf") and len(files.sha256) > 1
+    assert files.sha256["model.gguf"] == sha256_file(tmp_path / "small.gguf") and len(files.sha256) > 1
     assert find_model(str(tmp_path / "small.gguf"), tmp_path / "cache") == files
+    shutil.copy(tmp_path / "small.gguf", tmp_path / "renamed.gguf")
+    assert find_model(str(tmp_path / "renamed.gguf"), tmp_path / "cache").digest == files.digest
+    with ThreadPoolExecutor() as pool:  # two at once
+        for found in pool.map(lambda _: find_model(str(tmp_path / "small.gguf"), tmp_path / "new"), range(2)):
+            assert found.digest == files.digest
+    with monkeypatch.context() as patch:  # another version reads the file anew
+        patch.setattr("mobillama.evaluate.model.VERSION", 99)
+        assert find_model(str(tmp_path / "small.gguf"), tmp_path / "cache").directory != files.directory
     of_file = evaluator().evaluate(files, tmp_path / "file", {})
     whole = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "whole", {})
     assert of_file["tasks"] == whole["tasks"] and of_file["key"]["model"] != whole["key"]["model"]
@@ -201,12 +212,59 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     assert said in result["error"] and result["exit_code"] == code
 
 
-def test_missing_data_name_the_directory_and_the_hub_id(evaluator, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"empty/lighteval/siqa: missing; copy the data set 'lighteval/siqa'"):
-        _ = evaluator(folder=tmp_path / "empty").tasks
+@pytest.mark.parametrize("damage", [b"\0" * 60 + b"\n", b"\xff\xfe\n", b"[]\n", b'{"task": "siqa"}\n'])
+def test_a_damaged_line_ends_what_counts_of_the_samples(tmp_path, damage):
+    with open_samples(tmp_path, {"suite": "s"}) as samples:
+        for document in range(3):
+            samples.add("siqa", document, [-1.0, -2.0], [True, False])
+    lines = (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "samples.jsonl").write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+    with open_samples(tmp_path, {"suite": "s"}) as samples:
+        assert list(samples.answers) == [("siqa", 0)]
+        samples.add("siqa", 1, [-1.0, -2.0], [True, False])
+    assert (tmp_path / "samples.jsonl").read_bytes() == b"".join(lines[:3])
+
+
+def test_all_missing_data_are_named_at_once(evaluator, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match="empty: lacks lighteval/siqa, allenai/winogrande; copy"):
+        _ = evaluator(folder=empty).tasks
+    with pytest.raises(UsageError, match=r"empty: lacks wikitext2/wiki.test.raw, lambada/lambada_openai.jsonl; "):
+        _ = evaluator(SUITES["perplexity"], folder=empty).tasks
     with pytest.raises(UsageError, match="did you mean 'paper'"):
         find_suite("papr")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("wikitext2/wiki.test.raw", b"", "wiki.test.raw: holds no article"),
+        ("wikitext2/wiki.test.raw", b"\xff", "wiki.test.raw: 'utf-8' codec"),
+        ("lambada/lambada_openai.jsonl", b"", "lambada_openai.jsonl: is empty"),
+        ("lambada/lambada_openai.jsonl", b'{"context": "a", "continuation": "b"}\n{"con', "openai.jsonl: line 2 is no"),
+        ("lambada/lambada_openai.jsonl", b'{"text": "a"}\n', "lambada_openai.jsonl: line 1 is no"),
+    ],
+)
+def test_damaged_plain_files_are_named_with_the_line(evaluator, benchmarks, tmp_path, file, content, said):
+    folder = tmp_path / "benchmarks"
+    shutil.copytree(benchmarks, folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        _ = evaluator(SUITES["perplexity"], folder=folder).tasks
+
+
+def test_only_files_at_the_top_of_a_repository_are_fetched(tmp_path, monkeypatch):
+    def download(name, revision, allow_patterns, ignore_patterns):
+        files = ["config.json", "model.safetensors", "onnx/config.json", "original/model.safetensors"]
+        chosen.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return tmp_path
+
+    chosen: list[str] = []
+    monkeypatch.setattr("mobillama.evaluate.model.snapshot_download", download)
+    with pytest.raises(UsageError, match="holds no weights"):
+        find_model("org/name", tmp_path / "cache")
+    assert chosen == ["config.json", "model.safetensors"]
 
 
 def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):

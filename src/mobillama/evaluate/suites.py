@@ -58,7 +58,12 @@ class Benchmark:
     label: str = ""
     """What the metric is called where the harness's name for it says too little."""
     local: str = ""
-    """File of a local copy that is no copy of the hub's repository; ``read`` makes its documents."""
+    """File of a local copy that is no copy of the hub's repository; ``custom_dataset`` makes its documents."""
+
+    @property
+    def place(self) -> str:
+        """Where its data are in a folder of local copies."""
+        return self.local or self.data
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,6 @@ def task_config(benchmark: Benchmark, file: str, folder: Path | None, cache: Pat
     ``datasets`` knows a local copy again by the names of its directory and files alone, and would serve what it read from
     another copy before. So each content gets a directory of its own in ``cache``.
 
-    Raises:
-        UsageError: the folder lacks the data; the message names the directory and the hub id.
     """
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -188,12 +191,7 @@ def task_config(benchmark: Benchmark, file: str, folder: Path | None, cache: Pat
         if benchmark.local:
             del changes["custom_dataset"]
         return config | changes
-    place = folder / (benchmark.local or benchmark.data)
-    if not place.exists():
-        raise UsageError(
-            f"{place}: missing; copy the data set '{benchmark.data}' of the Hugging Face hub there, or leave out --benchmarks "
-            "to read it from the hub"
-        )
+    place = folder / benchmark.place
     if benchmark.local:
         return config | changes | {"dataset_kwargs": {"path": place}}
     known_as = cache / f"datasets-{_digest(place)[:24]}"

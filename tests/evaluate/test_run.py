@@ -31,6 +31,8 @@ from mobillama.evaluate.requests import SEED, load_tasks
 from mobillama.evaluate.results import read_result
 from mobillama.evaluate.run import Evaluator, record_failure
 from mobillama.evaluate.samples import open_samples
+from mobillama.evaluate.scorer import Scorer
+from mobillama.evaluate.scores import score_benchmark
 from mobillama.evaluate.suites import SUITES, find_suite
 from mobillama.record.files import sha256_file
 
@@ -212,6 +214,18 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     assert said in result["error"] and result["exit_code"] == code
 
 
+def test_masks_are_tried_once_an_architecture_and_not_where_nothing_is_shared(
+    evaluator, small_model, tmp_path, monkeypatch
+):
+    tried = []
+    probe = Scorer._heeds_mask_and_positions
+    monkeypatch.setattr(Scorer, "_heeds_mask_and_positions", lambda *told: tried.append(told) or probe(*told))
+    files, one = find_model(str(small_model), tmp_path / "cache"), evaluator()
+    results = [one.evaluate(files, tmp_path / name, {}) for name in ("a", "b")]
+    assert [result["packed"] for result in results] == [True, True] and len(tried) == 1
+    assert evaluator(SUITES["perplexity"]).evaluate(files, tmp_path / "c", {})["packed"] is None and len(tried) == 1
+
+
 @pytest.mark.parametrize("damage", [b"\0" * 60 + b"\n", b"\xff\xfe\n", b"[]\n", b'{"task": "siqa"}\n'])
 def test_a_damaged_line_ends_what_counts_of_the_samples(tmp_path, damage):
     with open_samples(tmp_path, {"suite": "s"}) as samples:
@@ -291,7 +305,7 @@ def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
     assert bits[0] == pytest.approx(bits[1], rel=1e-6) and 2 < bits[0] < 9
 
 
-def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
+def test_all_nine_run_offline_in_the_papers_protocol(small_model, tmp_path):
     folder = shared_data() / "benchmarks"
     evaluator = Evaluator(SUITES["quick"], folder, tmp_path / "cache", 1, "cpu", "float32", None, quiet)
     result = evaluator.evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
@@ -305,3 +319,43 @@ def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
     assert tasks["social_iqa"].requests.contexts[0].endswith("\nAnswer: ")
     assert tasks["mmlu_anatomy"].requests.contexts[0].count("Answer:") == 6
     assert tasks["hellaswag"].requests.contexts[0].count("\n\n") == 10
+
+
+def test_todays_protocol_has_no_examples_and_the_tokenizers_bos(small_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(small_model, directory)
+    file = directory / "tokenizer.json"
+    stated, bos = json.loads(file.read_text()), AutoTokenizer.from_pretrained(small_model).bos_token
+    one = {"SpecialToken": {"id": bos, "type_id": 0}}
+    single = [one, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = AutoTokenizer.from_pretrained(small_model).bos_token_id
+    stated["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, one, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    file.write_text(json.dumps(stated))
+    nine = tuple(
+        replace(b, files=("mmlu/default/mmlu_anatomy",)) if b.name == "MMLU" else b for b in SUITES["today"].benchmarks
+    )
+    today, folder = replace(SUITES["today"], benchmarks=nine), shared_data() / "benchmarks"
+    evaluator = Evaluator(today, folder, tmp_path / "cache", 2, "cpu", "float32", None, quiet)
+    result = evaluator.evaluate(find_model(str(directory), tmp_path / "cache"), tmp_path / "out", {})
+    assert result["status"] == "done", result
+    assert [(facts["shots"], facts["tasks"]) for facts in result["benchmarks"].values()] == [(0, 1)] * 9
+    (encoded,) = evaluator._tokens.values()
+    assert all(tokens.context_ids[0] == number for tokens in encoded)
+    (siqa,) = (task for task in evaluator.tasks if task.benchmark.name == "SIQA")
+    assert siqa.requests.contexts[0].startswith("Q: ")
+
+
+def test_mmlu_is_pooled_today_and_a_mean_of_subjects_in_the_paper():
+    subjects = [
+        {"questions": n, "ties": 1, "metrics": {"acc": {"value": v, "stderr": 0.1}}} for n, v in ((3, 1.0), (1, 0.0))
+    ]
+    scores = {}
+    for suite in ("today", "paper"):
+        (mmlu,) = (benchmark for benchmark in SUITES[suite].benchmarks if benchmark.name == "MMLU")
+        scores[suite] = score_benchmark(mmlu, subjects)["score"]
+    assert scores == {"today": 75.0, "paper": 50.0}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mobillama.errors import UsageError
 from mobillama.evaluate.scorer import Scorer
 from mobillama.evaluate.tree import Sequence
 from mobillama.hf import MobiLlamaConfig, MobiLlamaForCausalLM
@@ -131,6 +132,28 @@ def test_bfloat16_is_near_float32():
     rough = {s.sequence: s.logprob for part in Scorer(model, "bfloat16", 255).score(sequences) for s in part}
     assert next(model.parameters()).dtype == torch.bfloat16
     assert rough == pytest.approx(exact, rel=0.02)
+
+
+def test_when_memory_runs_out_batches_are_halved_and_nothing_is_lost(monkeypatch):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    monkeypatch.setattr("mobillama.evaluate.scorer.ROW_TOKENS", 128)
+    scorer = Scorer(model, "float32", 255, batch_tokens=4096)
+    expected = {s.sequence: s.logprob for part in scorer.score(questions()) for s in part}
+    computed = Scorer._logits
+
+    def logits(self, batch, packs):
+        if batch.tokens > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return computed(self, batch, packs)
+
+    memory = 520
+    monkeypatch.setattr(Scorer, "_logits", logits)
+    found = {s.sequence: s.logprob for part in scorer.score(questions()) for s in part}
+    assert found == pytest.approx(expected, abs=1e-4) and scorer.batch_tokens < 4096
+    memory = 20
+    with pytest.raises(UsageError, match=r"memory does not hold a row of [\d,]+ tokens"):
+        list(scorer.score(questions()))
 
 
 def by_precision(model, sequences) -> tuple[dict[int, float], dict[int, float]]:

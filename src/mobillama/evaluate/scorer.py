@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mobillama.errors import UsageError
 from mobillama.evaluate.tree import Batch, Sequence, batches, pack
 from mobillama.model.linear import Linear
 
@@ -47,13 +48,17 @@ class Scorer:
             multiples of 1/8, and the choices of many a question equal.
         longest: sequences up to so many tokens are packed; longer ones are read one a row.
         batch_tokens: tokens through the model at once; 0: as suits the device.
+        packs: whether rows hold trees; None: if the model heeds our masks, which is then found out.
 
     Attributes:
         packs: whether rows hold trees.
         tokens: how many tokens went through the model, padding included.
+        batch_tokens: halved whenever memory did not hold a batch.
     """
 
-    def __init__(self, model: Any, precision: str, longest: int, batch_tokens: int = 0) -> None:
+    def __init__(
+        self, model: Any, precision: str, longest: int, batch_tokens: int = 0, packs: bool | None = None
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or (32768 if self.device.type == "cuda" else 2048)
@@ -63,7 +68,7 @@ class Scorer:
         # The head sees only what is predicted from, whatever stands around it: scaling or capping of logits still applies.
         self._head = model.get_output_embeddings()
         self._head.register_forward_pre_hook(self._keep_outputs)
-        self.packs = self._heeds_mask_and_positions(longest)
+        self.packs = self._heeds_mask_and_positions(longest) if packs is None else packs
         if precision == "bfloat16":  # buffers, of rotary frequencies say, stay in float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -71,12 +76,27 @@ class Scorer:
                 self._head.forward = self._multiply_in_float32
 
     def score(self, sequences: list[Sequence]) -> Iterator[list[Score]]:
-        """Yield scores batch by batch, longest rows first; each sequence once."""
+        """Yield scores batch by batch, longest rows first; each sequence once.
+
+        Raises:
+            UsageError: memory does not hold one row.
+        """
         packs = self.packs and max((len(sequence.inputs) for sequence in sequences), default=0) <= self._longest
         rows = pack(sequences, ROW_TOKENS, packs)
         waiting: Callable[[], list[Score]] | None = None
-        for batch in batches(rows, self.batch_tokens):
-            launched = self._launch(batch, packs)
+        while rows:
+            batch = next(batches(rows, self.batch_tokens))
+            count = len(batch.ids_bt)
+            try:
+                launched = self._launch(batch, packs)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise UsageError(
+                        f"memory does not hold a row of {batch.tokens:,} tokens; free {self.device}, or use another --device"
+                    ) from None
+                self.batch_tokens = batch.tokens // 2
+                continue
+            rows = rows[count:]
             if waiting is not None:
                 yield waiting()  # while the device computes the next batch
             waiting = launched
@@ -86,8 +106,8 @@ class Scorer:
     @torch.inference_mode()
     def _launch(self, batch: Batch, packs: bool) -> Callable[[], list[Score]]:
         """Start computing a batch; what is returned waits for its scores."""
-        self.tokens += batch.tokens
         logits_mv = self._logits(batch, packs)
+        self.tokens += batch.tokens
         output_n, targets_n = (self._tensor(part).long() for part in (batch.output_n, batch.targets_n))
         totals, likeliest = [], []
         for part_mv in logits_mv.split(max(1, _CHUNK // logits_mv.shape[1])):

@@ -101,6 +101,8 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         )
     if ties := sum(facts["ties"] for facts in result.get("benchmarks", {}).values()):
         remarks.append(f"{ties:,} questions have no single likeliest choice; the first of the equal ones counts")
+    if result.get("memory_ran_out"):
+        remarks.append(f"memory ran out, so {result['batch_tokens']:,} tokens went through the model at once, not more")
     if result.get("packed") is False:
         remarks.append("takes no masks of ours, so choices were read one by one")
     return remarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -303,6 +304,13 @@ def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
     assert result["benchmarks"]["LAMBADA"]["score"] == whole["benchmarks"]["LAMBADA"]["score"]
     bits = [r["benchmarks"]["WikiText-2"]["score"] for r in (result, whole)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-6) and 2 < bits[0] < 9
+    lambada = [json.loads(line) for line in (benchmarks / "lambada" / "lambada_openai.jsonl").read_text().splitlines()]
+    texts = [f"{document['context']} {document['continuation']}" for document in lambada]
+    (samples,) = (tmp_path / "whole").rglob("samples.jsonl")
+    answers = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
+    nats = -sum(answer["logprobs"][0] for answer in answers if answer["task"] == "lambada_openai_text")
+    size = sum(len(text.encode()) for text in texts)
+    assert whole["benchmarks"]["LAMBADA, text"]["score"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
 
 
 def test_all_nine_run_offline_in_the_papers_protocol(small_model, tmp_path):

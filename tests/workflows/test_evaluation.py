@@ -18,6 +18,7 @@ from mobillama.cli import main
 from mobillama.errors import CorruptDataError
 from mobillama.evaluate.model import find_model
 from mobillama.evaluate.results import read_result
+from mobillama.evaluate.suites import SUITES
 from mobillama.record.files import sha256_file
 from mobillama.record.lock import locked
 from mobillama.report import picture
@@ -143,7 +144,6 @@ def test_a_file_that_goes_while_it_is_read_is_named(small_model, tmp_path, monke
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--suite", "papr"], "did you mean 'paper'"),
         (["--suite", "paper", "--benchmarks", "absent"], "absent: no such directory"),
         (["--suite", "paper", "--data", "d"], "--data: belongs to --suite perplexity alone"),
         (["--suite", "quick", "--baselines", "--all-checkpoints"], "--baselines: belongs to --suite perplexity alone"),
@@ -162,6 +162,16 @@ def test_a_file_that_goes_while_it_is_read_is_named(small_model, tmp_path, monke
 def test_wrong_use_exits_2(small_model, words, said, capsys):
     assert main(["evaluate", str(small_model), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_unknown_suite_exits_2_and_help_says_what_each_is(small_model, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(small_model), "--suite", "papr"])
+    assert "'papr'" in (said := capsys.readouterr().err) and "perplexity" in said
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{suite.name}: {suite.about}" in said for suite in SUITES.values()) and "cuda:N" in said
 
 
 def test_limit_0_exits_2(small_model, capsys):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mobillama.cli.verbs import add_verb, at_least
 from mobillama.errors import UsageError
+from mobillama.evaluate.suites import SUITES
 
 if TYPE_CHECKING:
     from mobillama.cli.verbs import Verbs
@@ -22,7 +23,12 @@ def add(verbs: Verbs) -> None:
         metavar="MODEL",
         help="a model directory (a checkpoint's model/), a GGUF file, or a repository of the hub",
     )
-    verb.add_argument("--suite", required=True, help="paper, today, quick or perplexity (docs/evaluation.md)")
+    verb.add_argument(
+        "--suite",
+        required=True,
+        choices=tuple(SUITES),
+        help="; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values()),
+    )
     verb.add_argument("--benchmarks", type=Path, metavar="DIR", help="local copies of the data (default: the hub)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="perplexity: the prepared data whose hold-out is read")
     verb.add_argument("--baselines", action="store_true", help="perplexity: compressors and n-gram models beside it")
@@ -41,7 +47,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument(
         "--out", type=Path, help="where results go (default: evals; of a run's checkpoints, evals within the run)"
     )
-    verb.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     verb.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),

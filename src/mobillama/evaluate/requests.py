@@ -80,7 +80,8 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
     Raises:
         UsageError: data are missing, on disk (all that is missing is named at once) or on the hub.
     """
-    missing = [b.place for b in suite.benchmarks if folder and not (folder / b.place).exists()]
+    places = dict.fromkeys(benchmark.place for benchmark in suite.benchmarks)
+    missing = [place for place in places if folder and not (folder / place).exists()]
     if missing:
         raise UsageError(
             f"{folder}: lacks {', '.join(missing)}; copy the hub's data sets and the plain files there under these names "

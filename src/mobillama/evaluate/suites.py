@@ -123,10 +123,24 @@ PAPER = tuple(
 )
 TODAY = tuple(replace(benchmark, pooled=True) for benchmark in _nine({}))
 # Questions of each task, so that a 135M model answers all in minutes on two CPU cores; long examples weigh most.
-QUICK = {"HellaSwag": 80, "TruthfulQA": 60, "MMLU": 2, "ARC-C": 60, "CrowS-Pairs": 20, "PIQA": 200} | {
+QUICK = {
+    "HellaSwag": 80,
+    "TruthfulQA": 60,
+    "MMLU": 2,
+    "ARC-C": 60,
+    "CrowS-Pairs": 20,
+    "PIQA": 200,
     "RACE": 60,
     "SIQA": 200,
     "WinoGrande": 120,
+}
+# The harness asks LAMBADA for its last words alone; as bits per byte, all of each text counts.
+WHOLE_TEXTS: dict[str, Any] = {
+    "task": "lambada_openai_text",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
 }
 PERPLEXITY = (
     Benchmark(
@@ -145,6 +159,14 @@ PERPLEXITY = (
         local="lambada/lambada_openai.jsonl",
         changes={"custom_dataset": lambada_documents},
     ),
+    Benchmark(
+        "LAMBADA, text",
+        "bits_per_byte",
+        ("lambada/lambada_openai",),
+        "EleutherAI/lambada_openai",
+        local="lambada/lambada_openai.jsonl",
+        changes={"custom_dataset": lambada_documents, **WHOLE_TEXTS},
+    ),
 )
 SUITES = {
     suite.name: suite
@@ -157,7 +179,12 @@ SUITES = {
             tuple(replace(benchmark, questions=QUICK[benchmark.name]) for benchmark in PAPER),
             special_tokens=False,
         ),
-        Suite("perplexity", "bits per byte: the hold-out, WikiText-2; LAMBADA", PERPLEXITY, special_tokens=False),
+        Suite(
+            "perplexity",
+            "bits per byte of the hold-out, WikiText-2 and LAMBADA, and LAMBADA's last words",
+            PERPLEXITY,
+            special_tokens=False,
+        ),
     )
 }
 

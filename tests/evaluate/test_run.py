@@ -207,7 +207,7 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     result = evaluator().evaluate(find_model(str(broken), tmp_path / "cache"), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
     said, code = {
-        "nan": ("NaN", 5),
+        "nan": ("); evaluate an earlier checkpoint, or try --precision float32", 5),
         "missing": ("q_proj", 4),
         "cut": ("damaged", 4),
         "mute": (f"{broken / 'tokenizer.json'}: turns ", 2),

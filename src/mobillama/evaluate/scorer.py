@@ -24,7 +24,7 @@ ROW_TOKENS = 1024
 # Logits held in float32 at once, in numbers.
 _CHUNK = 1 << 28
 # Weights of a head in float32 at once, in numbers.
-_HEAD_PIECE = 1 << 24
+_HEAD_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ def multiply_in_float32(x_mc: Tensor, weight_vc: Tensor, bias_v: Tensor | None) 
         y_mv = torch.mm(x_mc, weight_vc.T, out_dtype=torch.float32)
     else:
         y_mv = x_mc.new_empty(len(x_mc), len(weight_vc), dtype=torch.float32)
-        rows = max(1, _HEAD_PIECE // weight_vc.shape[1])
+        rows, x_mc = max(1, _HEAD_PIECE // weight_vc.shape[1]), x_mc.float()
         for part_mv, part_vc in zip(y_mv.split(rows, dim=1), weight_vc.split(rows), strict=True):
-            part_mv.copy_(x_mc.float() @ part_vc.float().T)
+            torch.mm(x_mc, part_vc.float().T, out=part_mv)
     return y_mv if bias_v is None else y_mv.add_(bias_v)
 
 

@@ -151,7 +151,8 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, baselines: bool, a
         raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them while a trainer runs there")
     if elsewhere:
         note(f"{len(elsewhere)} of {len(keys)} are being evaluated elsewhere, and are missing here")
-    note(f"picture: {picture}")
+    if picture.is_file():
+        note(f"picture: {picture}")
     show_results(settings.suite, list(results.values()), floor, as_json)
 
 

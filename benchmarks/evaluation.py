@@ -2,12 +2,13 @@
 
     python benchmarks/evaluation.py tokens --benchmarks DIR --tokenizer LLAMA.model --out tokens.npz   # no GPU; minutes
     python benchmarks/evaluation.py measure --tokens tokens.npz                                        # one GPU
-    python benchmarks/evaluation.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --limit 40
+    python benchmarks/evaluation.py measure --tokens tokens.npz --device cpu --preset mobillama-tiny --per-benchmark 4
     mobillama import SmolLM2-135M-Instruct.Q4_1.gguf DIR                         # a model for --model
 
 ``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
-one machine, one after another: the whole suite through ours; a fixed sample of questions through both in bfloat16; a smaller
-one through both in float32, where rounding hides nothing.
+one machine, one after another: a fixed number of questions of each benchmark through both adapters in float32, where rounding
+hides nothing; those and a fixed share of all questions through both in bfloat16; the whole suite through ours. Decisions are
+those of each benchmark's own metric.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ from mobillama.evaluate.scorer import Scorer
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, sha256_json, write_json
 from mobillama.record.manifest import describe_files
+
+if TYPE_CHECKING:
+    from mobillama.evaluate.requests import LoadedTask
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 CONTEXT = 2048
@@ -57,19 +62,41 @@ def write_tokens(args: argparse.Namespace) -> None:
         tasks = load_tasks(SUITES["paper"], args.benchmarks, args.cache, 0, show)
         encoded = load_tokens(tasks, tokenizer, args.cache, show)
     questions, names, start = [], [], 0
+    lengths: list[int] = []
+    truths: list[bool] = []
     for task in tasks:
         questions.append(np.array(task.requests.documents, np.int32) + start)
         start = int(questions[-1].max()) + 1
         names += [task.benchmark.name] * len(task.requests)
-    kinds = sorted(set(names))
+        lengths += _lengths(task)
+        truths += _truths(task)
+    metrics = {task.benchmark.name: task.benchmark.label or task.benchmark.metric for task in tasks}
+    kinds = sorted(metrics)
     np.savez_compressed(
         args.out,
         question_n=np.concatenate(questions),
         benchmark_n=np.array([kinds.index(name) for name in names], np.uint8),
         benchmarks=np.array(kinds),
+        metrics=np.array([metrics[name] for name in kinds]),
+        length_n=np.array(lengths, np.int32),
+        true_n=np.array(truths),
         **vars(_joined(encoded)),
     )
     note(f"{args.out}: {len(names):,} requests of {start:,} questions, {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _lengths(task: LoadedTask) -> list[int]:
+    """Return the characters of each choice, by which the harness's acc_norm divides."""
+    delimiter = len(task.task.config.target_delimiter)
+    return [max(1, len(text) - delimiter) for text in task.requests.continuations]
+
+
+def _truths(task: LoadedTask) -> list[bool]:
+    """Return which choices are true, where the metric is the probability of all that are."""
+    if task.benchmark.label != "mc2":
+        return [False] * len(task.requests)
+    documents = dict.fromkeys(task.requests.documents)
+    return [bool(label) for d in documents for label in task.task.task_docs[d]["mc2_targets"]["labels"]]
 
 
 def _joined(parts: list[Encoded]) -> Encoded:
@@ -93,22 +120,22 @@ class Questions:
 
     def __init__(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as stored:
-            self.question_n, self.benchmark_n, self.benchmarks = (
-                stored[name] for name in ("question_n", "benchmark_n", "benchmarks")
-            )
-            names = [name for name in stored.files if name not in ("question_n", "benchmark_n", "benchmarks")]
-            encoded = Encoded(**{name: stored[name] for name in names})
+            self.question_n, self.benchmark_n = stored["question_n"], stored["benchmark_n"]
+            self.length_n, self.true_n = stored["length_n"], stored["true_n"]
+            self.metrics = dict(zip(stored["benchmarks"].tolist(), stored["metrics"].tolist(), strict=True))
+            encoded = Encoded(**{item.name: stored[item.name] for item in fields(Encoded)})
         self.heads = np.split(encoded.context_ids, encoded.context_ends[:-1])
         self.parts = np.split(encoded.continuation_ids, encoded.continuation_ends_n[:-1])
         self.head_of = encoded.context_of_n
         self.encoded = encoded
 
-    def sample(self, share: float, limit: int) -> NDArray[np.int64]:
-        """Return the requests of a share of all questions, or of ``limit`` of them."""
-        questions = np.unique(self.question_n)
-        count = limit or round(share * len(questions))
-        chosen = np.random.default_rng(SEED).permutation(questions)[:count]
-        return np.flatnonzero(np.isin(self.question_n, chosen))
+    def sample(self, per_benchmark: int, share: float = 0.0) -> NDArray[np.int64]:
+        """Return the requests of some questions of each benchmark, and of a share of all questions."""
+        groups = [np.unique(self.question_n[self.benchmark_n == number]) for number in range(len(self.metrics))]
+        every, draw = np.unique(self.question_n), np.random.default_rng(SEED)
+        chosen = [draw.permutation(group)[:per_benchmark] for group in groups]
+        chosen.append(draw.permutation(every)[: round(share * len(every))])
+        return np.flatnonzero(np.isin(self.question_n, np.concatenate(chosen)))
 
 
 def through_ours(scorer: Scorer, questions: Questions, requests: NDArray[np.int64]) -> dict[str, Any]:
@@ -171,28 +198,70 @@ def _clock(device: torch.device) -> Iterator[dict[str, float]]:
 
 def compare(questions: Questions, requests: NDArray[np.int64], ours: Any, stock: Any) -> dict[str, Any]:
     """Return how far two answers to the same requests are apart, question by question."""
-    differ = beyond = 0
-    question_n = questions.question_n[requests]
-    starts = np.flatnonzero(np.diff(question_n, prepend=-1))
-    for a, b in zip(np.split(ours["logprobs"], starts[1:]), np.split(stock["logprobs"], starts[1:]), strict=True):
-        if a.argmax() != b.argmax():
-            differ += 1
-            beyond += abs(b[a.argmax()] - b.max()) > TIE
+    by_benchmark = {}
+    for number, (name, metric) in enumerate(questions.metrics.items()):
+        chosen = questions.benchmark_n[requests] == number
+        starts = np.flatnonzero(np.diff(questions.question_n[requests[chosen]], prepend=-1))[1:]
+        answers = [np.split(scores["logprobs"][chosen], starts) for scores in (ours, stock)]
+        facts = np.split((questions.true_n if metric == "mc2" else questions.length_n)[requests[chosen]], starts)
+        judge = _compare_probabilities if metric == "mc2" else _compare_decisions
+        by_benchmark[name] = {"metric": metric, "questions": len(facts), **judge(metric, *answers, facts)}
+    decided = [facts for facts in by_benchmark.values() if facts["metric"] != "mc2"]
     return {
-        "questions": len(starts),
+        "questions": sum(facts["questions"] for facts in by_benchmark.values()),
         "requests": len(requests),
         "max_logprob_difference": float(np.abs(ours["logprobs"] - stock["logprobs"]).max()),
         "mean_logprob_difference": float(np.abs(ours["logprobs"] - stock["logprobs"]).mean()),
-        "decisions_that_differ": differ,
-        "of_them_not_within_1e-4": int(beyond),
+        "decisions_that_differ": sum(facts["decisions_that_differ"] for facts in decided),
+        "of_them_not_within_1e-4": sum(facts["of_them_not_within_1e-4"] for facts in decided),
+        "by_benchmark": by_benchmark,
         "speed_ratio": stock["seconds"] / ours["seconds"],
         "ours": {name: ours[name] for name in ("seconds", "tokens")},
         "stock": {name: stock[name] for name in ("seconds", "tokens")},
     }
 
 
-def open_model(args: argparse.Namespace) -> Any:
-    """Return the model of a directory, or one of a preset with random weights."""
+Pieces = list[NDArray[Any]]  # an array a question, in the order of its choices
+
+
+def _compare_decisions(metric: str, ours: Pieces, stock: Pieces, lengths: Pieces) -> dict[str, int]:
+    """Return how many questions two adapters answer otherwise, and in how many of each the best choices are equal."""
+    differ = beyond = ties_ours = ties_stock = 0
+    for a, b, length in zip(ours, stock, lengths, strict=True):
+        a, b = (a / length, b / length) if metric == "acc_norm" else (a, b)
+        if a.argmax() != b.argmax():
+            differ += 1
+            beyond += abs(b[a.argmax()] - b.max()) > TIE
+        ties_ours += np.count_nonzero(a == a.max()) > 1
+        ties_stock += np.count_nonzero(b == b.max()) > 1
+    return {
+        "decisions_that_differ": differ,
+        "of_them_not_within_1e-4": int(beyond),
+        "ties_ours": int(ties_ours),
+        "ties_stock": int(ties_stock),
+    }
+
+
+def _compare_probabilities(metric: str, ours: Pieces, stock: Pieces, truths: Pieces) -> dict[str, float]:
+    """Return what two adapters give the true choices in the mean, and how far they are apart in one question at most."""
+    ours_q, stock_q = (
+        np.array(
+            [
+                np.exp(a - a.max())[true].sum() / np.exp(a - a.max()).sum()
+                for a, true in zip(scores, truths, strict=True)
+            ]
+        )
+        for scores in (ours, stock)
+    )
+    return {
+        "ours": float(ours_q.mean()),
+        "stock": float(stock_q.mean()),
+        "largest_difference": float(np.abs(ours_q - stock_q).max()),
+    }
+
+
+def open_model(args: argparse.Namespace, ids: int) -> Any:
+    """Return the model of a directory, or one of a preset with random weights and at least so many ids."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import mobillama.hf  # noqa: F401
@@ -205,9 +274,9 @@ def open_model(args: argparse.Namespace) -> Any:
     from mobillama.recipe import PRESETS
 
     torch.manual_seed(SEED)
-    config = AutoConfig.for_model(
-        "mobillama", **{**asdict(PRESETS[args.preset][0]), "max_position_embeddings": CONTEXT}
-    )
+    shape = asdict(PRESETS[args.preset][0])
+    shape |= {"max_position_embeddings": CONTEXT, "vocab_size": max(shape["vocab_size"], ids)}
+    config = AutoConfig.for_model("mobillama", **shape)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
@@ -216,6 +285,7 @@ def measure(args: argparse.Namespace) -> None:
     """Run the three comparisons and write what they show."""
     torch.backends.cuda.matmul.allow_tf32 = False
     questions = Questions(args.tokens)
+    ids = 1 + int(max(questions.encoded.context_ids.max(), questions.encoded.continuation_ids.max()))
     cuda = args.device == "cuda"
     result: dict[str, Any] = {
         "environment": environment(),
@@ -223,8 +293,8 @@ def measure(args: argparse.Namespace) -> None:
         "model": Path(args.model).name if args.model else f"{args.preset}, random weights",
         "requests": len(questions.question_n),
     }
-    exact = questions.sample(args.exact_share, args.limit)
-    model = open_model(args)
+    exact = questions.sample(args.per_benchmark)
+    model = open_model(args, ids)
     scorer = Scorer(model, "float32", CONTEXT)
     ours, stock = through_ours(scorer, questions, exact), through_stock(model, questions, exact, args.batch, "float64")
     result["float32"] = compare(questions, exact, ours, stock)
@@ -232,9 +302,9 @@ def measure(args: argparse.Namespace) -> None:
     if cuda or args.bfloat16:
         del scorer, model
         gc.collect()
-        model = open_model(args)
+        model = open_model(args, ids)
         scorer = Scorer(model, "bfloat16", CONTEXT)
-        sample = questions.sample(args.share, args.limit)
+        sample = questions.sample(args.per_benchmark, args.share)
         through_ours(scorer, questions, sample[:64])  # kernels are chosen
         ours, stock = (
             through_ours(scorer, questions, sample),
@@ -242,7 +312,7 @@ def measure(args: argparse.Namespace) -> None:
         )
         result["bfloat16"] = compare(questions, sample, ours, stock)
         _save(result, args)
-        if not args.limit:
+        if cuda:
             whole = through_ours(scorer, questions, np.arange(len(questions.question_n)))
             result["whole_suite"] = {name: whole[name] for name in ("seconds", "tokens", "truncated")}
             result["whole_suite"]["tokens_per_second"] = whole["tokens"] / whole["seconds"]
@@ -256,15 +326,21 @@ def measure(args: argparse.Namespace) -> None:
                 ("  seconds: ours · stock", f"{facts['ours']['seconds']:.1f} · {facts['stock']['seconds']:.1f}"),
                 ("  times faster", f"{facts['speed_ratio']:.2f}"),
                 ("  largest difference of log-probabilities", f"{facts['max_logprob_difference']:.2e}"),
-                (
-                    "  decisions that differ · not within 1e-4",
-                    f"{facts['decisions_that_differ']} · {facts['of_them_not_within_1e-4']}",
-                ),
+                *((f"  {name}, {of['metric']}", _said(of)) for name, of in facts["by_benchmark"].items()),
             ]
     if whole_facts := result.get("whole_suite"):
         said = f"{whole_facts['tokens']:,} tokens in {whole_facts['seconds']:.1f} s"
         rows.append(("whole suite, ours", f"{said}, {whole_facts['tokens_per_second']:,.0f}/s"))
     table(f"{result['model']} on {result['device']}", ["", ""], rows)
+
+
+def _said(facts: dict[str, Any]) -> str:
+    if facts["metric"] == "mc2":
+        return f"{facts['ours']:.4f} · {facts['stock']:.4f}, largest difference {facts['largest_difference']:.1e}"
+    return (
+        f"{facts['decisions_that_differ']} of {facts['questions']} decisions differ, {facts['of_them_not_within_1e-4']} by "
+        f"more than 1e-4; ties: {facts['ties_ours']} · {facts['ties_stock']}"
+    )
 
 
 def _save(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -287,9 +363,8 @@ def main() -> None:
     verb.add_argument("--model", help="a model directory, instead of random weights")
     verb.add_argument("--preset", default="mobillama-0.5b")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    verb.add_argument("--share", type=float, default=0.2, help="of the questions, in bfloat16")
-    verb.add_argument("--exact-share", type=float, default=0.01, help="of the questions, in float32")
-    verb.add_argument("--limit", type=int, default=0, help="questions of either sample instead")
+    verb.add_argument("--per-benchmark", type=int, default=200, metavar="N", help="questions of each, at most")
+    verb.add_argument("--share", type=float, default=0.2, help="of all questions, besides, in bfloat16")
     verb.add_argument("--batch", type=int, default=32, help="rows of the stock adapter")
     verb.add_argument("--bfloat16", action="store_true", help="in bfloat16 on a CPU too")
     verb.add_argument("--results", type=Path, default=RESULTS)

@@ -12,6 +12,7 @@ import torch
 
 from mobillama.config import load_recipe
 from mobillama.engine.torch_engine import TorchEngine
+from mobillama.evaluate.scorer import multiply_in_float32
 from mobillama.model.attention import KVCache
 from mobillama.model.loss import linear_cross_entropy, token_losses
 from mobillama.model.transformer import MobiLlama, initialise
@@ -232,3 +233,13 @@ def test_sequences_decoded_together_are_those_decoded_alone():
     for work in ([(0, [5, 6, 7]), (2, [9])], [(2, [4]), (0, [8]), (1, [1, 2])], [(1, [3]), (0, [2]), (2, [1])]):
         for row, (slot, ids) in zip(together.feed(work), work, strict=True):
             np.testing.assert_allclose(row, alone[slot].feed(ids), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_heads_product_of_bfloat16_is_float32():
+    draw = torch.Generator().manual_seed(0)
+    x_mc, weight_vc = (torch.randn(n, 96, generator=draw).bfloat16().cuda() for n in (37, 1003))
+    exact_mv = x_mc.double() @ weight_vc.double().T
+    y_mv = multiply_in_float32(x_mc, weight_vc, torch.ones(1003, dtype=torch.bfloat16, device="cuda"))
+    assert y_mv.dtype == torch.float32
+    torch.testing.assert_close(y_mv.double(), exact_mv + 1, atol=1e-4, rtol=1e-5)

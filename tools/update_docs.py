@@ -275,7 +275,27 @@ def evaluation_speed() -> str:
                 f"| {whole['seconds']:.1f} | | | |"
             )
         stamps.append(_measured(result["environment"], "torch"))
+    lines += _decisions(load("evaluation"))
     return "\n".join([*lines, "", f"`python benchmarks/evaluation.py measure`; {'; '.join(dict.fromkeys(stamps))}."])
+
+
+def _decisions(results: dict[str, Any]) -> list[str]:
+    """Return the decisions of both adapters by benchmark, of the results that count them so."""
+    lines: list[str] = []
+    for result in results.values():
+        for precision in ("float32", "bfloat16"):
+            for name, facts in result.get(precision, {}).get("by_benchmark", {}).items():
+                if facts["metric"] == "mc2":
+                    said = f"{facts['ours']:.4f} · {facts['stock']:.4f} | {facts['largest_difference']:.1e} at most | |"
+                else:
+                    said = (
+                        f"{facts['decisions_that_differ']} | {facts['of_them_not_within_1e-4']} "
+                        f"| {facts['ties_ours']} · {facts['ties_stock']} |"
+                    )
+                about = f"{result['model']} · {result['device']} · {precision}"
+                lines.append(f"| {about} | {name}, {facts['metric']} | {facts['questions']:,} | {said}")
+    head = "| | benchmark, metric | questions | decisions that differ | by more than 1e-4 | ties: ours · HFLM |"
+    return ["", head, "|---|---|" + "---:|" * 4, *lines] if lines else []
 
 
 # SmolLM2-135M-Instruct's own model card: lighteval, no examples, unquantized weights.
@@ -283,24 +303,28 @@ SMOLLM2_CARD = {"HellaSwag": 40.9, "PIQA": 66.3}
 
 
 def evaluation_scores() -> str:
-    """Return the scores of a real model in suites paper and quick, beside what its authors publish."""
+    """Return the scores of a real model in suite paper, and in quick where that is of the same files, beside its authors'."""
     whole, part = load("evaluation-paper"), load("evaluation-quick")
-    lines = ["| | `paper` | questions | published | `quick` | questions | chance |", "|---|" + "---:|" * 6]
+    quick = part if part["key"]["model"] == whole["key"]["model"] else None
+    columns = ["`paper`", "questions", "published", *(["`quick`", "questions"] if quick else []), "chance"]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name, facts in whole["benchmarks"].items():
-        few = part["benchmarks"][name]
-        chance = "" if facts["chance"] is None else f"{facts['chance']:.3g}"
-        lines.append(
-            f"| {name} | {facts['score']:.2f} ± {facts['stderr']:.2f} | {facts['questions']:,} "
-            f"| {SMOLLM2_CARD.get(name, '')} | {few['score']:.2f} ± {few['stderr']:.2f} | {few['questions']} | {chance} |"
-        )
+        cells = [f"{facts['score']:.2f} ± {facts['stderr']:.2f}", f"{facts['questions']:,}", SMOLLM2_CARD.get(name, "")]
+        if quick:
+            few = quick["benchmarks"][name]
+            cells += [f"{few['score']:.2f} ± {few['stderr']:.2f}", few["questions"]]
+        cells.append("" if facts["chance"] is None else f"{facts['chance']:.3g}")
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    averages = [f"{whole['average']:.2f}", "", "", *([f"{quick['average']:.2f}", ""] if quick else []), ""]
     lines += [
-        f"| average | {whole['average']:.2f} | | | {part['average']:.2f} | | |",
+        f"| average | {' | '.join(averages)} |",
         "",
         *(
             f"`mobillama evaluate {result['model']['name']} --suite {result['key']['suite']}`: "
             f"{result['tokens_forwarded']:,} tokens in {result['model_seconds']:.0f} s of model time, {result['precision']}, "
             f"{result['device']}; {_measured(result['environment'], 'torch')}.  "
-            for result in (whole, part)
+            for result in (whole, quick)
+            if result
         ),
     ]
     return "\n".join(lines)

@@ -21,6 +21,10 @@ class UsageError(MobiLlamaError):
     """Wrong use or configuration: a missing file, an unknown key, sizes that do not fit."""
 
 
+class LockedError(UsageError):
+    """Another process is at work in this place."""
+
+
 class VerificationError(MobiLlamaError):
     """Something computed again differs from what a record says of it."""
 

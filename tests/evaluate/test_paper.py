@@ -80,3 +80,9 @@ def test_our_rows_stand_in_the_table_and_only_whole_evaluations_do(tmp_path, cap
         assert main(["table", "3", "--ours", str(tmp_path / name)]) == 2
         assert said in capsys.readouterr().err
     assert main(["table", "4"]) == 2
+
+
+def test_scores_are_shown_as_the_paper_prints_them(capsys):
+    assert main(["table", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert "54.7 " in shown and "54.70" not in shown and "52.90" in shown

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import run_cli, shared_data
+from mobillama.cli import main
 from mobillama.deploy.gguf import export_gguf
 from mobillama.engine.blocks import TYPES
 from mobillama.errors import CorruptDataError, UsageError
@@ -27,6 +31,9 @@ from mobillama.evaluate.model import find_model
 from mobillama.evaluate.requests import SEED, load_tasks
 from mobillama.evaluate.results import read_result
 from mobillama.evaluate.run import Evaluator, record_failure
+from mobillama.evaluate.samples import open_samples
+from mobillama.evaluate.scorer import Scorer
+from mobillama.evaluate.scores import score_benchmark
 from mobillama.evaluate.suites import SUITES, find_suite
 from mobillama.record.files import sha256_file
 
@@ -77,6 +84,26 @@ def test_scores_and_samples_equal_the_harness(evaluator, small_model, benchmarks
     assert ours["packed"] and ours["model"]["sha256"]["model.safetensors"]
 
 
+def test_questions_without_a_likeliest_choice_are_counted_and_told(
+    benchmarks, small_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mobillama.workflows.evaluation.find_suite", lambda name: SMALL)
+    flat = tmp_path / "flat"
+    shutil.copytree(small_model, flat)
+    weights = load_file(flat / "model.safetensors")
+    weights["model.norm.weight"].zero_()  # every token is as likely as any other
+    save_file(weights, flat / "model.safetensors")
+    words = ["--suite", "paper", "--benchmarks", str(benchmarks), "--out", str(tmp_path / "evals")]
+    assert main(["evaluate", str(flat), *words]) == 0
+    (directory,) = (tmp_path / "evals" / "paper").iterdir()
+    result = read_result(directory)
+    answers = [json.loads(line)["logprobs"] for line in (directory / "samples.jsonl").read_text().splitlines()[1:]]
+    tied = sum(logprobs.count(max(logprobs)) > 1 for logprobs in answers)
+    assert tied > 5 and tied == sum(facts["ties"] for facts in result["benchmarks"].values())
+    assert f"{tied} questions have no single likeliest choice" in capsys.readouterr().err
+
+
 def test_what_is_done_is_not_done_again_and_caches_serve_the_next_model(evaluator, small_model, tmp_path):
     first = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-*.[np]*")}
@@ -108,11 +135,19 @@ def test_questions_of_another_number_or_content_are_other_requests(evaluator, be
     ]
 
 
-def test_a_gguf_file_is_evaluated_as_the_model_it_was_made_of(evaluator, small_model, tmp_path):
+def test_a_gguf_file_is_evaluated_as_the_model_it_was_made_of(evaluator, small_model, tmp_path, monkeypatch):
     export_gguf(small_model, tmp_path / "small.gguf", TYPES["f32"], tokens=64)
     files = find_model(str(tmp_path / "small.gguf"), tmp_path / "cache")
-    assert files.sha256["small.gguf"] == sha256_file(tmp_path / "small.gguf") and len(files.sha256) > 1
+    assert files.sha256["model.gguf"] == sha256_file(tmp_path / "small.gguf") and len(files.sha256) > 1
     assert find_model(str(tmp_path / "small.gguf"), tmp_path / "cache") == files
+    shutil.copy(tmp_path / "small.gguf", tmp_path / "renamed.gguf")
+    assert find_model(str(tmp_path / "renamed.gguf"), tmp_path / "cache").digest == files.digest
+    with ThreadPoolExecutor() as pool:  # two at once
+        for found in pool.map(lambda _: find_model(str(tmp_path / "small.gguf"), tmp_path / "new"), range(2)):
+            assert found.digest == files.digest
+    with monkeypatch.context() as patch:  # another version reads the file anew
+        patch.setattr("mobillama.evaluate.model.VERSION", 99)
+        assert find_model(str(tmp_path / "small.gguf"), tmp_path / "cache").directory != files.directory
     of_file = evaluator().evaluate(files, tmp_path / "file", {})
     whole = evaluator().evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "whole", {})
     assert of_file["tasks"] == whole["tasks"] and of_file["key"]["model"] != whole["key"]["model"]
@@ -172,7 +207,7 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     result = evaluator().evaluate(find_model(str(broken), tmp_path / "cache"), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
     said, code = {
-        "nan": ("NaN", 5),
+        "nan": ("); evaluate an earlier checkpoint, or try --precision float32", 5),
         "missing": ("q_proj", 4),
         "cut": ("damaged", 4),
         "mute": (f"{broken / 'tokenizer.json'}: turns ", 2),
@@ -180,12 +215,71 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     assert said in result["error"] and result["exit_code"] == code
 
 
-def test_missing_data_name_the_directory_and_the_hub_id(evaluator, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"empty/lighteval/siqa: missing; copy the data set 'lighteval/siqa'"):
-        _ = evaluator(folder=tmp_path / "empty").tasks
+def test_masks_are_tried_once_an_architecture_and_not_where_nothing_is_shared(
+    evaluator, small_model, tmp_path, monkeypatch
+):
+    tried = []
+    probe = Scorer._heeds_mask_and_positions
+    monkeypatch.setattr(Scorer, "_heeds_mask_and_positions", lambda *told: tried.append(told) or probe(*told))
+    files, one = find_model(str(small_model), tmp_path / "cache"), evaluator()
+    results = [one.evaluate(files, tmp_path / name, {}) for name in ("a", "b")]
+    assert [result["packed"] for result in results] == [True, True] and len(tried) == 1
+    assert evaluator(SUITES["perplexity"]).evaluate(files, tmp_path / "c", {})["packed"] is None and len(tried) == 1
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 60 + b"\n", b"\xff\xfe\n", b"[]\n", b'{"task": "siqa"}\n'])
+def test_a_damaged_line_ends_what_counts_of_the_samples(tmp_path, damage):
+    with open_samples(tmp_path, {"suite": "s"}) as samples:
+        for document in range(3):
+            samples.add("siqa", document, [-1.0, -2.0], [True, False])
+    lines = (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "samples.jsonl").write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+    with open_samples(tmp_path, {"suite": "s"}) as samples:
+        assert list(samples.answers) == [("siqa", 0)]
+        samples.add("siqa", 1, [-1.0, -2.0], [True, False])
+    assert (tmp_path / "samples.jsonl").read_bytes() == b"".join(lines[:3])
+
+
+def test_all_missing_data_are_named_at_once(evaluator, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match="empty: lacks lighteval/siqa, allenai/winogrande; copy"):
+        _ = evaluator(folder=empty).tasks
+    with pytest.raises(UsageError, match=r"empty: lacks wikitext2/wiki.test.raw, lambada/lambada_openai.jsonl; "):
+        _ = evaluator(SUITES["perplexity"], folder=empty).tasks
     with pytest.raises(UsageError, match="did you mean 'paper'"):
         find_suite("papr")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("wikitext2/wiki.test.raw", b"", "wiki.test.raw: holds no article"),
+        ("wikitext2/wiki.test.raw", b"\xff", "wiki.test.raw: 'utf-8' codec"),
+        ("lambada/lambada_openai.jsonl", b"", "lambada_openai.jsonl: is empty"),
+        ("lambada/lambada_openai.jsonl", b'{"context": "a", "continuation": "b"}\n{"con', "openai.jsonl: line 2 is no"),
+        ("lambada/lambada_openai.jsonl", b'{"text": "a"}\n', "lambada_openai.jsonl: line 1 is no"),
+    ],
+)
+def test_damaged_plain_files_are_named_with_the_line(evaluator, benchmarks, tmp_path, file, content, said):
+    folder = tmp_path / "benchmarks"
+    shutil.copytree(benchmarks, folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        _ = evaluator(SUITES["perplexity"], folder=folder).tasks
+
+
+def test_only_files_at_the_top_of_a_repository_are_fetched(tmp_path, monkeypatch):
+    def download(name, revision, allow_patterns, ignore_patterns):
+        files = ["config.json", "model.safetensors", "onnx/config.json", "original/model.safetensors"]
+        chosen.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return tmp_path
+
+    chosen: list[str] = []
+    monkeypatch.setattr("mobillama.evaluate.model.snapshot_download", download)
+    with pytest.raises(UsageError, match="holds no weights"):
+        find_model("org/name", tmp_path / "cache")
+    assert chosen == ["config.json", "model.safetensors"]
 
 
 def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
@@ -210,9 +304,16 @@ def test_killed_and_started_again_it_goes_on(benchmarks, small_model, tmp_path):
     assert result["benchmarks"]["LAMBADA"]["score"] == whole["benchmarks"]["LAMBADA"]["score"]
     bits = [r["benchmarks"]["WikiText-2"]["score"] for r in (result, whole)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-6) and 2 < bits[0] < 9
+    lambada = [json.loads(line) for line in (benchmarks / "lambada" / "lambada_openai.jsonl").read_text().splitlines()]
+    texts = [f"{document['context']} {document['continuation']}" for document in lambada]
+    (samples,) = (tmp_path / "whole").rglob("samples.jsonl")
+    answers = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
+    nats = -sum(answer["logprobs"][0] for answer in answers if answer["task"] == "lambada_openai_text")
+    size = sum(len(text.encode()) for text in texts)
+    assert whole["benchmarks"]["LAMBADA, text"]["score"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
 
 
-def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
+def test_all_nine_run_offline_in_the_papers_protocol(small_model, tmp_path):
     folder = shared_data() / "benchmarks"
     evaluator = Evaluator(SUITES["quick"], folder, tmp_path / "cache", 1, "cpu", "float32", None, quiet)
     result = evaluator.evaluate(find_model(str(small_model), tmp_path / "cache"), tmp_path / "out", {})
@@ -226,3 +327,43 @@ def test_all_nine_run_offline_in_both_protocols(small_model, tmp_path):
     assert tasks["social_iqa"].requests.contexts[0].endswith("\nAnswer: ")
     assert tasks["mmlu_anatomy"].requests.contexts[0].count("Answer:") == 6
     assert tasks["hellaswag"].requests.contexts[0].count("\n\n") == 10
+
+
+def test_todays_protocol_has_no_examples_and_the_tokenizers_bos(small_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(small_model, directory)
+    file = directory / "tokenizer.json"
+    stated, bos = json.loads(file.read_text()), AutoTokenizer.from_pretrained(small_model).bos_token
+    one = {"SpecialToken": {"id": bos, "type_id": 0}}
+    single = [one, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = AutoTokenizer.from_pretrained(small_model).bos_token_id
+    stated["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, one, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    file.write_text(json.dumps(stated))
+    nine = tuple(
+        replace(b, files=("mmlu/default/mmlu_anatomy",)) if b.name == "MMLU" else b for b in SUITES["today"].benchmarks
+    )
+    today, folder = replace(SUITES["today"], benchmarks=nine), shared_data() / "benchmarks"
+    evaluator = Evaluator(today, folder, tmp_path / "cache", 2, "cpu", "float32", None, quiet)
+    result = evaluator.evaluate(find_model(str(directory), tmp_path / "cache"), tmp_path / "out", {})
+    assert result["status"] == "done", result
+    assert [(facts["shots"], facts["tasks"]) for facts in result["benchmarks"].values()] == [(0, 1)] * 9
+    (encoded,) = evaluator._tokens.values()
+    assert all(tokens.context_ids[0] == number for tokens in encoded)
+    (siqa,) = (task for task in evaluator.tasks if task.benchmark.name == "SIQA")
+    assert siqa.requests.contexts[0].startswith("Q: ")
+
+
+def test_mmlu_is_pooled_today_and_a_mean_of_subjects_in_the_paper():
+    subjects = [
+        {"questions": n, "ties": 1, "metrics": {"acc": {"value": v, "stderr": 0.1}}} for n, v in ((3, 1.0), (1, 0.0))
+    ]
+    scores = {}
+    for suite in ("today", "paper"):
+        (mmlu,) = (benchmark for benchmark in SUITES[suite].benchmarks if benchmark.name == "MMLU")
+        scores[suite] = score_benchmark(mmlu, subjects)["score"]
+    assert scores == {"today": 75.0, "paper": 50.0}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mobillama.errors import UsageError
 from mobillama.evaluate.scorer import Scorer
 from mobillama.evaluate.tree import Sequence
 from mobillama.hf import MobiLlamaConfig, MobiLlamaForCausalLM
@@ -131,3 +132,64 @@ def test_bfloat16_is_near_float32():
     rough = {s.sequence: s.logprob for part in Scorer(model, "bfloat16", 255).score(sequences) for s in part}
     assert next(model.parameters()).dtype == torch.bfloat16
     assert rough == pytest.approx(exact, rel=0.02)
+
+
+def test_when_memory_runs_out_batches_are_halved_and_nothing_is_lost(monkeypatch):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    monkeypatch.setattr("mobillama.evaluate.scorer.ROW_TOKENS", 128)
+    scorer = Scorer(model, "float32", 255, batch_tokens=4096)
+    expected = {s.sequence: s.logprob for part in scorer.score(questions()) for s in part}
+    computed = Scorer._logits
+
+    def logits(self, batch, packs):
+        if batch.tokens > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return computed(self, batch, packs)
+
+    memory = 520
+    monkeypatch.setattr(Scorer, "_logits", logits)
+    found = {s.sequence: s.logprob for part in scorer.score(questions()) for s in part}
+    assert found == pytest.approx(expected, abs=1e-4) and scorer.batch_tokens < 4096
+    memory = 20
+    with pytest.raises(UsageError, match=r"memory does not hold a row of [\d,]+ tokens"):
+        list(scorer.score(questions()))
+
+
+def by_precision(model, sequences) -> tuple[dict[int, float], dict[int, float]]:
+    exact, rough = (
+        {s.sequence: s.logprob for part in Scorer(model, name, 255).score(sequences) for s in part}
+        for name in ("float32", "bfloat16")
+    )
+    return exact, rough
+
+
+@pytest.mark.parametrize("name", ["mobillama", "llama", "gemma2, capped logits", "gpt2, learned positions"])
+def test_bfloat16_logits_are_as_fine_as_float32(name, monkeypatch):
+    """One-token choices behind one context, with logits so great that bfloat16 itself has steps of 1/8."""
+    monkeypatch.setattr("mobillama.evaluate.scorer._HEAD_PIECE", 32 * 50)  # several pieces of the vocabulary
+    cls, config, settings, _ = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    more = {"tie_word_embeddings": True} | ({"final_logit_softcapping": 30.0} if "capped" in name else {})
+    model = cls(config(**settings | more)).eval()
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head.normal_(0, 0.3).add_(4 * torch.nn.functional.normalize(torch.randn(32), dim=0))
+        if model.config.model_type == "gpt2":
+            model.transformer.ln_f.bias.normal_(0, 3)
+    sequences = [Sequence(np.array([5, 6, 7, choice], np.int32), 1) for choice in range(VOCAB)]
+    exact, rough = by_precision(model, sequences)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert len(set(rough.values())) > 0.98 * VOCAB
+    assert np.corrcoef([exact[i] for i in exact], [rough[i] for i in exact])[0, 1] > 0.999
+
+
+def test_the_heads_bias_counts_and_others_still_get_bfloat16():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    model.lm_head = torch.nn.Linear(32, VOCAB)
+    with torch.no_grad():
+        model.lm_head.bias.normal_(0, 5)
+    exact, rough = by_precision(model, questions())
+    assert rough == pytest.approx(exact, rel=0.02)
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16

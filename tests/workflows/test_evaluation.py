@@ -6,12 +6,24 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from conftest import run_cli
 from mobillama.cli import main
+from mobillama.errors import CorruptDataError
+from mobillama.evaluate.model import find_model
 from mobillama.evaluate.results import read_result
+from mobillama.evaluate.suites import SUITES
+from mobillama.record.files import sha256_file
+from mobillama.record.lock import locked
+from mobillama.report import picture
+from mobillama.train.checkpoint import list_checkpoints
+from mobillama.workflows import evaluation as workflow
 
 
 @pytest.fixture
@@ -49,12 +61,96 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
     assert re.search(r"WikiText-2 \(\d+\)", people.stdout) and people.stderr.endswith("mobillama: 1 of 3 failed\n")
 
 
+@pytest.fixture
+def run(recipe_file, tmp_path, monkeypatch):
+    """A run with checkpoints of steps 4, 8 and 12, whose hold-out alone is read."""
+    monkeypatch.setenv("MOBILLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MOBILLAMA_BENCHMARKS", raising=False)
+    assert main(["pretrain", str(recipe_file)]) == 0
+    return tmp_path / "run"
+
+
+def sweep(run, *more) -> list[str]:
+    return ["evaluate", str(run), "--suite", "perplexity", "--all-checkpoints", "--json", "--device", "cpu", *more]
+
+
+def steps_of(output: str) -> list[int]:
+    return [result["model"]["step"] for result in json.loads(output)["results"]]
+
+
+def evaluations(run) -> list[Path]:
+    return [run / "evals" / "perplexity" / f"step-{step:06d}" for step in (4, 8, 12)]
+
+
+def test_two_processes_that_share_a_run_evaluate_each_checkpoint_once_and_show_all(run):
+    command = [sys.executable, "-m", "mobillama", *sweep(run)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    shown = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert max((steps_of(out) for out, _ in shown), key=len) == [4, 8, 12]
+    assert not [place for place in run.glob("evals/perplexity/*/*") if place.name.startswith("earlier")]
+
+
+def test_what_other_processes_evaluate_is_told_and_what_they_did_is_shown(run, data, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "draw_evaluations", lambda done, *_: drawn.append([r["model"]["step"] for r in done]))
+    for directory in evaluations(run):
+        directory.mkdir(parents=True)
+    with ExitStack() as held:
+        for directory in evaluations(run):
+            held.enter_context(locked(directory, "an evaluation"))
+        assert main(sweep(run)) == 2
+        assert f"{run}: all 3 are being evaluated elsewhere" in capsys.readouterr().err
+    with locked(evaluations(run)[0], "an evaluation"):
+        assert main(sweep(run)) == 0
+        shown = capsys.readouterr()
+        assert steps_of(shown.out) == [8, 12] and "1 of 3 are being evaluated elsewhere" in shown.err
+    model = run / "checkpoints" / "step-000004" / "model"
+    assert main(["evaluate", str(model), "--suite", "perplexity", "--data", str(data), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    with locked(evaluations(run)[1], "an evaluation"):  # done, and another process looks at it
+        assert main([*sweep(run), "--baselines"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert [result["model"]["step"] for result in shown["results"]] == [4, 8, 12] == drawn[-1]
+        assert shown["baselines"]["gzip -9"] > 1
+
+
+def test_follow_waits_while_a_trainer_runs_and_passes_over_what_is_removed(run, capsys, monkeypatch):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 12", "steps: 16"))
+    trainer = ExitStack()
+    trainer.enter_context(locked(run, "a trainer"))
+    monkeypatch.setattr(workflow.time, "sleep", lambda seconds: trainer.close())
+    gone = run / "checkpoints" / "step-000006"
+    monkeypatch.setattr(workflow, "list_checkpoints", lambda place: sorted([*list_checkpoints(place), (6, gone)]))
+    assert main(sweep(run, "--follow")) == 0
+    shown = capsys.readouterr()
+    assert steps_of(shown.out) == [4, 8, 12]
+    assert "step 6: removed meanwhile, passed over" in shown.err
+    assert "waiting for step 16; the newest checkpoint is of step 12" in shown.err
+    assert f"no trainer runs in {run}, whose newest checkpoint is of step 12 of 16" in shown.err
+    shutil.rmtree(run / "checkpoints" / "step-000004")  # its result stays
+    assert main(sweep(run)) == 0
+    assert steps_of(capsys.readouterr().out) == [4, 8, 12]
+
+
+def test_a_file_that_goes_while_it_is_read_is_named(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mobillama.evaluate.model.sha256_file", lambda path: sha256_file(path.with_name("gone")))
+    with pytest.raises(CorruptDataError, match="gone: No such file or directory while it was read"):
+        find_model(str(small_model), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--suite", "papr"], "did you mean 'paper'"),
         (["--suite", "paper", "--benchmarks", "absent"], "absent: no such directory"),
-        (["--suite", "paper", "--data", "d"], "--data: is read by --suite perplexity alone"),
+        (["--suite", "paper", "--data", "d"], "--data: belongs to --suite perplexity alone"),
+        (["--suite", "quick", "--baselines", "--all-checkpoints"], "--baselines: belongs to --suite perplexity alone"),
+        (
+            ["--suite", "quick", "--all-checkpoints", "--out", "o"],
+            "--out: results of --all-checkpoints go into the run",
+        ),
         (["--suite", "quick", "--follow"], "--follow: goes with --all-checkpoints"),
         (["--suite", "perplexity", "--baselines"], "--baselines: are computed on a hold-out"),
         (["--suite", "quick", "--all-checkpoints"], "no recipe.yaml there"),
@@ -66,6 +162,16 @@ def test_every_checkpoint_of_a_run_and_a_damaged_one(recipe_file, benchmarks, tm
 def test_wrong_use_exits_2(small_model, words, said, capsys):
     assert main(["evaluate", str(small_model), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_unknown_suite_exits_2_and_help_says_what_each_is(small_model, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(small_model), "--suite", "papr"])
+    assert "'papr'" in (said := capsys.readouterr().err) and "perplexity" in said
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{suite.name}: {suite.about}" in said for suite in SUITES.values()) and "cuda:N" in said
 
 
 def test_limit_0_exits_2(small_model, capsys):

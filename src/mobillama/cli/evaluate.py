@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mobillama.cli.verbs import add_verb, at_least
 from mobillama.errors import UsageError
+from mobillama.evaluate.suites import SUITES
 
 if TYPE_CHECKING:
     from mobillama.cli.verbs import Verbs
@@ -22,10 +23,15 @@ def add(verbs: Verbs) -> None:
         metavar="MODEL",
         help="a model directory (a checkpoint's model/), a GGUF file, or a repository of the hub",
     )
-    verb.add_argument("--suite", required=True, help="paper, today, quick or perplexity (docs/evaluation.md)")
+    verb.add_argument(
+        "--suite",
+        required=True,
+        choices=tuple(SUITES),
+        help="; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values()),
+    )
     verb.add_argument("--benchmarks", type=Path, metavar="DIR", help="local copies of the data (default: the hub)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="perplexity: the prepared data whose hold-out is read")
-    verb.add_argument("--baselines", action="store_true", help="with --data: compressors and n-gram models beside it")
+    verb.add_argument("--baselines", action="store_true", help="perplexity: compressors and n-gram models beside it")
     verb.add_argument("--all-checkpoints", action="store_true", help="MODEL is a run: each of its checkpoints")
     verb.add_argument("--follow", action="store_true", help="with --all-checkpoints: until the run has ended")
     verb.add_argument(
@@ -39,9 +45,9 @@ def add(verbs: Verbs) -> None:
         help="questions of each task, sequences of each source (default: all)",
     )
     verb.add_argument(
-        "--out", type=Path, default=Path("evals"), help="where results go (default: %(default)s; a run's: into the run)"
+        "--out", type=Path, help="where results go (default: evals; of a run's checkpoints, evals within the run)"
     )
-    verb.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     verb.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
@@ -65,10 +71,11 @@ def add(verbs: Verbs) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from mobillama.workflows.evaluation import Settings, evaluate_models, evaluate_run
 
-    if args.baselines and args.data is None:
+    if args.baselines and args.data is None and not args.all_checkpoints:
         raise UsageError("--baselines: are computed on a hold-out; name the prepared data with --data")
-    if args.data is not None and args.suite != "perplexity":
-        raise UsageError("--data: is read by --suite perplexity alone")
+    for option, value in (("--data", args.data), ("--baselines", args.baselines)):
+        if value and args.suite != "perplexity":
+            raise UsageError(f"{option}: belongs to --suite perplexity alone; leave it out")
     settings = Settings(args.suite, args.benchmarks, args.data, args.limit, args.device, args.precision)
     if not args.all_checkpoints:
         if args.follow:
@@ -77,7 +84,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     if len(args.models) != 1 or args.revisions:
         raise UsageError("--all-checkpoints: takes one run directory as MODEL, and no --revisions")
-    evaluate_run(Path(args.models[0]), settings, args.follow, args.json)
+    if args.out is not None:
+        raise UsageError("--out: results of --all-checkpoints go into the run, below evals; leave it out")
+    evaluate_run(Path(args.models[0]), settings, args.follow, args.baselines, args.json)
 
 
 def _table(args: argparse.Namespace) -> None:

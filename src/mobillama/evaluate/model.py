@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
-from mobillama.directory import CONFIG_FILE, verify_in_checkpoint
+from mobillama.directory import CONFIG_FILE, WEIGHTS_FILE, verify_in_checkpoint
 from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import CorruptDataError, UsageError, cause
-from mobillama.importing.models import import_model
+from mobillama.importing.models import VERSION, import_model
 from mobillama.record.files import read_json, sha256_file, sha256_json
+from mobillama.record.lock import locked
 
 _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
@@ -58,7 +59,7 @@ def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFile
 
     Raises:
         UsageError: there is no such directory or repository, or it holds no model, or one without its tokenizer.
-        CorruptDataError: a file of a checkpoint is not as it was written.
+        CorruptDataError: a file of a checkpoint is not as it was written, or goes while it is read.
     """
     directory = Path(name)
     if directory.suffix == ".gguf" and directory.is_file():
@@ -80,25 +81,33 @@ def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFile
         raise UsageError(f"{directory}: holds no weights; copy the model's safetensors files there")
     if not any(path.name.startswith(_VOCABULARIES) or path.suffix == ".model" for path in files):
         raise UsageError(f"{directory}: no tokenizer there (tokenizer.json or tokenizer.model); copy the model's own")
-    return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
+    try:
+        return ModelFiles(name, directory, {path.name: sha256_file(path) for path in files})
+    except OSError as error:
+        raise CorruptDataError(
+            f"{error.filename}: {error.strerror} while it was read; restore it from a copy"
+        ) from None
 
 
 def _import(file: Path, cache: Path) -> ModelFiles:
-    """Return a GGUF file's model: its digest is the file's, its tokenizer's that of the directory that was made of it."""
+    """Return a GGUF file's model, known by the file and what it was read as: not by the file's name."""
     digest = sha256_file(file)
-    directory = cache / f"imported-{digest[:24]}"
-    if not directory.exists():
-        import_model(file, directory)
+    directory = cache / f"imported-{VERSION}-{digest[:24]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache, "an import", wait=True):
+        if not directory.exists():
+            import_model(file, directory)
     files = find_model(str(directory), cache)
-    tokenizer = {name: value for name, value in files.sha256.items() if name.startswith(_TOKENIZER_FILES)}
-    return ModelFiles(str(file), directory, {file.name: digest, **tokenizer})
+    read = {n: value for n, value in files.sha256.items() if n.startswith((WEIGHTS_FILE, *_TOKENIZER_FILES))}
+    return ModelFiles(str(file), directory, {"model.gguf": digest, **read})
 
 
 def _fetch(name: str, revision: str | None) -> Path:
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(_KINDS)))
+        # The hub's patterns match across "/": without the second one, weights in sub-directories would come along.
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(_KINDS), ignore_patterns="*/*"))
         if not any(directory.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
+            snapshot_download(name, revision=revision, allow_patterns="*.bin", ignore_patterns="*/*")
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UsageError(
             f"{name}{f' at {revision}' if revision else ''}: neither a directory here nor to be had from the hub "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobillama.errors import UsageError
+from mobillama.evaluate.suites import PAPER
 
 NINE = ("HellaSwag", "TruthfulQA", "MMLU", "ARC-C", "CrowS-Pairs", "PIQA", "RACE", "SIQA", "WinoGrande")
 
@@ -19,6 +20,8 @@ class Row:
     size: str
     scores: tuple[float, ...]
     average: float
+    printed: tuple[str, ...]
+    """Scores and average, digit by digit."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ def _rows(text: str) -> tuple[Row, ...]:
     rows = []
     for line in text.strip().splitlines():
         name, size, numbers = (part.strip() for part in line.split("|"))
-        *scores, average = map(float, numbers.split())
-        rows.append(Row(name, size, tuple(scores), average))
+        *scores, average = map(float, printed := numbers.split())
+        rows.append(Row(name, size, tuple(scores), average, tuple(printed)))
     return tuple(rows)
 
 
@@ -106,23 +109,21 @@ large-base | 1.2B | 62.99 35.90 24.79 34.55 68.49 75.57 35.31 41.96 62.03 49.06
         (_CROWS,),
     ),
 }
-# Questions, and what guessing reaches. Accuracies over one set of questions are multiples of 1 / questions; means over several
-# sets, or of probabilities, are not.
-QUESTIONS = {"HellaSwag": 10042, "ARC-C": 1172, "PIQA": 1838, "RACE": 1045, "SIQA": 1954, "WinoGrande": 1267} | {
+# Accuracies over one set of questions are multiples of 1 / questions; means over several sets, or of probabilities, are not.
+QUESTIONS = {
+    "HellaSwag": 10042,
     "TruthfulQA": 817,
     "MMLU": 14042,
+    "ARC-C": 1172,
     "CrowS-Pairs": 1677,
+    "PIQA": 1838,
+    "RACE": 1045,
+    "SIQA": 1954,
+    "WinoGrande": 1267,
 }
 _MEANS = ("TruthfulQA", "MMLU", "CrowS-Pairs")
-CHANCE = {
-    "HellaSwag": 25.0,
-    "MMLU": 25.0,
-    "ARC-C": 25.0,
-    "PIQA": 50.0,
-    "RACE": 25.0,
-    "SIQA": 100 / 3,
-    "WinoGrande": 50.0,
-}
+# What guessing reaches; of CrowS-Pairs, less than that is no worse.
+_CHANCE = {benchmark.name: benchmark.chance for benchmark in PAPER if benchmark.name != "CrowS-Pairs"}
 _ERRORS_BELOW = 3
 
 
@@ -152,7 +153,7 @@ def doubts(table: PaperTable, row: Row) -> dict[str, str]:
 
 
 def _doubt(column: str, score: float) -> str:
-    count, chance = QUESTIONS[column], CHANCE.get(column)
+    count, chance = QUESTIONS[column], _CHANCE.get(column)
     if chance is not None:
         error = math.sqrt(chance * (100 - chance) / count)
         if score < chance - _ERRORS_BELOW * error:

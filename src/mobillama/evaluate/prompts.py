@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobillama.errors import UsageError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -33,6 +35,9 @@ def wikitext_pages(path: Path, **unused: Any) -> dict[str, Dataset]:
 
     An article begins at a heading of one ``=``. Equations set on lines of their own look the same, but stand in the midst of
     a sentence, before a number.
+
+    Raises:
+        UsageError: the file holds no article.
     """
     from datasets import Dataset
 
@@ -42,13 +47,29 @@ def wikitext_pages(path: Path, **unused: Any) -> dict[str, Dataset]:
         for found in re.finditer(r"^ = [^=\n]+ = ?\n(?=\s*(\d?))", text, re.M)
         if not (found[1] and text[: found.start()].rstrip()[-1:].isalnum())
     ]
+    if not starts:
+        raise UsageError(f"{path}: holds no article (a line ' = Title = '); copy WikiText-2's raw text there again")
     pages = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
     return {name: Dataset.from_dict({"page": pages}) for name in ("train", "validation", "test")}
 
 
 def lambada_documents(path: Path, **unused: Any) -> dict[str, Dataset]:
-    """Return LAMBADA's texts of a file of JSON lines with a ``context`` and its last word, the ``continuation``."""
+    """Return LAMBADA's texts of a file of JSON lines with a ``context`` and its last word, the ``continuation``.
+
+    Raises:
+        UsageError: a line is something else, or there is none.
+    """
     from datasets import Dataset
 
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {"test": Dataset.from_dict({"text": [f"{line['context']} {line['continuation']}" for line in lines]})}
+    texts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            document = json.loads(line)
+            texts.append(f"{document['context']} {document['continuation']}")
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f'{path}: line {number} is no {{"context": …, "continuation": …}}; copy the file again'
+            ) from None
+    if not texts:
+        raise UsageError(f"{path}: is empty; copy the file again")
+    return {"test": Dataset.from_dict({"text": texts})}

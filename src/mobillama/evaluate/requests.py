@@ -78,8 +78,15 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
         progress: told (stage, tasks done, all tasks).
 
     Raises:
-        UsageError: data are missing, on disk or on the hub.
+        UsageError: data are missing, on disk (all that is missing is named at once) or on the hub.
     """
+    places = dict.fromkeys(benchmark.place for benchmark in suite.benchmarks)
+    missing = [place for place in places if folder and not (folder / place).exists()]
+    if missing:
+        raise UsageError(
+            f"{folder}: lacks {', '.join(missing)}; copy the hub's data sets and the plain files there under these names "
+            "(docs/evaluation.md), or leave out --benchmarks to read all from the hub"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     wanted = [(benchmark, file) for benchmark in suite.benchmarks for file in benchmark.files]
@@ -90,7 +97,7 @@ def load_tasks(suite: Suite, folder: Path | None, cache: Path, limit: int, progr
         try:
             task = ConfigurableTask(config=dict(config))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            place = folder / benchmark.data if folder else f"the hub's data set '{benchmark.data}'"
+            place = folder / benchmark.place if folder else f"the hub's data set '{benchmark.data}'"
             remedy = "complete the copy" if folder else "go online, or name a directory of copies with --benchmarks"
             raise UsageError(f"{place}: {cause(error)}; {remedy}") from None
         loaded.append(_with_requests(benchmark, task, config, cache, limit))

@@ -7,6 +7,7 @@ is tried again.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from mobillama.evaluate.requests import LoadedTask
 
 Progress = Callable[..., None]
+_OTHER_WEIGHTS = "evaluate an earlier checkpoint, or try --precision float32"
+SCORING = 2  # one more whenever the same model comes to answer otherwise; 2: logits in float32
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Evaluator:
             keep_freed_memory()
         self._precision = choose_precision(self.precision, self._device)
         self._tokens: dict[str, list[Encoded]] = {}
+        self._packs: dict[str, bool] = {}
 
     @cached_property
     def tasks(self) -> list[LoadedTask]:
@@ -79,13 +83,18 @@ class Evaluator:
 
     def key(self, files: ModelFiles) -> dict[str, Any]:
         """Return what an evaluation's result depends on."""
+        return {"model": files.digest, **self.protocol}
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """What the result depends on beside the model."""
         return {
-            "model": files.digest,
             "suite": self.suite.name,
             "questions": sha256_json([task.digest for task in self.tasks]),
             "holdout": self.dataset and self.dataset.digest,
             "limit": self.limit,
             "precision": self._precision,
+            "scoring": SCORING,
         }
 
     def evaluate(self, files: ModelFiles, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +106,7 @@ class Evaluator:
             facts: what else is known of the model, a checkpoint's step and tokens say; recorded.
 
         Raises:
-            UsageError: another process evaluates into the directory.
+            LockedError: another process evaluates into the directory.
         """
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, "an evaluation"):
@@ -129,7 +138,7 @@ class Evaluator:
                 lambda done, all: self.progress("hold-out", done, all),
             )
             if not math.isfinite(held_out["loss"]):
-                raise DivergedError(f"{files.name}: its loss on the hold-out is {held_out['loss']}")
+                raise DivergedError(f"{files.name}: its loss on the hold-out is {held_out['loss']}; {_OTHER_WEIGHTS}")
             found["holdout"] = held_out
         if not self.tasks:
             return found
@@ -178,14 +187,14 @@ class Evaluator:
                 questions.append((question, numbers[request]))
         started, asked = time.perf_counter(), len(sequences)
         longest = max((len(sequence.inputs) for sequence in sequences), default=1)
-        scorer = Scorer(model, self._precision, longest)
-        answered = 0
+        scorer, packs = self._scorer(model, longest, any(number for _, number in questions))
+        wanted_tokens, answered = scorer.batch_tokens, 0
         for scores in scorer.score(sequences):
             for score in scores:
                 question, number = questions[score.sequence]
                 if math.isnan(score.logprob):
                     raise DivergedError(
-                        f"{files.name}: gives NaN as a log-probability ({'/'.join(map(str, question.name))})"
+                        f"{files.name}: gives NaN as a log-probability ({'/'.join(map(str, question.name))}); {_OTHER_WEIGHTS}"
                     )
                 if question.take(number, score.logprob, score.is_greedy):
                     samples.add(*question.name, question.logprobs, question.greedy)
@@ -198,10 +207,25 @@ class Evaluator:
             "truncated": truncated,
             "requests": sum(len(task.requests) for task in self.tasks),
             "sequences_scored": asked,
-            "packed": scorer.packs,
+            "packed": packs,
+            "batch_tokens": scorer.batch_tokens,
+            "memory_ran_out": scorer.batch_tokens < wanted_tokens,
             "tokens_forwarded": scorer.tokens,
             "model_seconds": round(time.perf_counter() - started, 2),
         }
+
+    def _scorer(self, model: Any, longest: int, shares: bool) -> tuple[Scorer, bool | None]:
+        """Return a scorer, and whether it packs; None: not tried, as no two requests ``shares`` a question.
+
+        How an architecture takes masks is found out once for all its checkpoints.
+        """
+        if not shares:
+            return Scorer(model, self._precision, longest, packs=False), None
+        config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        architecture = json.dumps([type(model).__name__, config, longest], sort_keys=True, default=str)
+        scorer = Scorer(model, self._precision, longest, packs=self._packs.get(architecture))
+        self._packs[architecture] = scorer.packs
+        return scorer, scorer.packs
 
     def _encoded(self, texts: TextTokenizer) -> list[Encoded]:
         from mobillama.evaluate.requests import load_tokens
@@ -215,7 +239,7 @@ def record_failure(directory: Path, name: str, facts: dict[str, Any], error: Exc
     """Write that a model could not even be opened, and return that result.
 
     Raises:
-        UsageError: another process evaluates into the directory.
+        LockedError: another process evaluates into the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory, "an evaluation"):

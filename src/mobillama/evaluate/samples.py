@@ -30,20 +30,23 @@ class Samples:
         self._file = open(path, "a+b")  # noqa: SIM115 closed by :func:`open_samples`
         first = json.dumps(key, sort_keys=True).encode() + b"\n"
         whole = self._read(first)
-        self._file.truncate(whole)  # a line cut short by a kill goes
+        self._file.truncate(whole)  # a line cut short by a kill or damaged goes, and what stands behind it
         if not whole:
             self._file.write(first)
 
     def _read(self, first: bytes) -> int:
-        """Take in the whole lines of an earlier attempt at the same; return where they end."""
+        """Take in the good lines of an earlier attempt at the same; return where they end."""
         self._file.seek(0)
         end = 0
         for line in self._file:
             if (end == 0 and line != first) or not line.endswith(b"\n"):
                 break
             if end:
-                found = json.loads(line)
-                self.answers[found["task"], found["document"]] = found["logprobs"], found["greedy"]
+                try:
+                    found = json.loads(line)
+                    self.answers[found["task"], found["document"]] = found["logprobs"], found["greedy"]
+                except (ValueError, KeyError, TypeError):
+                    break
             end += len(line)
         return end
 

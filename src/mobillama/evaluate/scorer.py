@@ -16,11 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mobillama.errors import UsageError
 from mobillama.evaluate.tree import Batch, Sequence, batches, pack
+from mobillama.model.linear import Linear
 
 ROW_TOKENS = 1024
 # Logits held in float32 at once, in numbers.
 _CHUNK = 1 << 28
+# Weights of a head in float32 at once, in numbers.
+_HEAD_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,22 @@ class Scorer:
 
     Args:
         model: a causal language model, its weights in float32; see ``precision``.
-        precision: what weights are cast to, once it is known how the model takes masks: ``float32`` or ``bfloat16``.
+        precision: what weights are cast to, once it is known how the model takes masks: ``float32`` or ``bfloat16``. The
+            logits of a head that is one matrix are in float32 even so: in bfloat16 those between 16 and 32 would be
+            multiples of 1/8, and the choices of many a question equal.
         longest: sequences up to so many tokens are packed; longer ones are read one a row.
         batch_tokens: tokens through the model at once; 0: as suits the device.
+        packs: whether rows hold trees; None: if the model heeds our masks, which is then found out.
 
     Attributes:
         packs: whether rows hold trees.
         tokens: how many tokens went through the model, padding included.
+        batch_tokens: halved whenever memory did not hold a batch.
     """
 
-    def __init__(self, model: Any, precision: str, longest: int, batch_tokens: int = 0) -> None:
+    def __init__(
+        self, model: Any, precision: str, longest: int, batch_tokens: int = 0, packs: bool | None = None
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or (32768 if self.device.type == "cuda" else 2048)
@@ -56,19 +66,37 @@ class Scorer:
         self._longest = longest
         self._outputs_m: Tensor | None = None
         # The head sees only what is predicted from, whatever stands around it: scaling or capping of logits still applies.
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_outputs)
-        self.packs = self._heeds_mask_and_positions(longest)
+        self._head = model.get_output_embeddings()
+        self._head.register_forward_pre_hook(self._keep_outputs)
+        self.packs = self._heeds_mask_and_positions(longest) if packs is None else packs
         if precision == "bfloat16":  # buffers, of rotary frequencies say, stay in float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
+            if type(self._head) in (nn.Linear, Linear):  # what others do besides is theirs to know
+                self._head.forward = self._multiply_in_float32
 
     def score(self, sequences: list[Sequence]) -> Iterator[list[Score]]:
-        """Yield scores batch by batch, longest rows first; each sequence once."""
+        """Yield scores batch by batch, longest rows first; each sequence once.
+
+        Raises:
+            UsageError: memory does not hold one row.
+        """
         packs = self.packs and max((len(sequence.inputs) for sequence in sequences), default=0) <= self._longest
         rows = pack(sequences, ROW_TOKENS, packs)
         waiting: Callable[[], list[Score]] | None = None
-        for batch in batches(rows, self.batch_tokens):
-            launched = self._launch(batch, packs)
+        while rows:
+            batch = next(batches(rows, self.batch_tokens))
+            count = len(batch.ids_bt)
+            try:
+                launched = self._launch(batch, packs)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise UsageError(
+                        f"memory does not hold a row of {batch.tokens:,} tokens; free {self.device}, or use another --device"
+                    ) from None
+                self.batch_tokens = batch.tokens // 2
+                continue
+            rows = rows[count:]
             if waiting is not None:
                 yield waiting()  # while the device computes the next batch
             waiting = launched
@@ -78,8 +106,8 @@ class Scorer:
     @torch.inference_mode()
     def _launch(self, batch: Batch, packs: bool) -> Callable[[], list[Score]]:
         """Start computing a batch; what is returned waits for its scores."""
-        self.tokens += batch.tokens
         logits_mv = self._logits(batch, packs)
+        self.tokens += batch.tokens
         output_n, targets_n = (self._tensor(part).long() for part in (batch.output_n, batch.targets_n))
         totals, likeliest = [], []
         for part_mv in logits_mv.split(max(1, _CHUNK // logits_mv.shape[1])):
@@ -145,9 +173,26 @@ class Scorer:
         hidden_btc, *rest = inputs
         return (hidden_btc.flatten(0, 1)[self._outputs_m][None], *rest)
 
+    def _multiply_in_float32(self, hidden_bmc: Tensor) -> Tensor:
+        if self._outputs_m is None:  # not asked by us
+            return type(self._head).forward(self._head, hidden_bmc)
+        return multiply_in_float32(hidden_bmc[0], self._head.weight, self._head.bias)[None]
+
     def _tensor(self, array: NDArray[np.int32]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def multiply_in_float32(x_mc: Tensor, weight_vc: Tensor, bias_v: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` (m, v) in float32, of inputs in bfloat16, without a copy of the whole weight."""
+    if x_mc.is_cuda:
+        y_mv = torch.mm(x_mc, weight_vc.T, out_dtype=torch.float32)
+    else:
+        y_mv = x_mc.new_empty(len(x_mc), len(weight_vc), dtype=torch.float32)
+        rows, x_mc = max(1, _HEAD_PIECE // weight_vc.shape[1]), x_mc.float()
+        for part_mv, part_vc in zip(y_mv.split(rows, dim=1), weight_vc.split(rows), strict=True):
+            torch.mm(x_mc, part_vc.float().T, out=part_mv)
+    return y_mv if bias_v is None else y_mv.add_(bias_v)
 
 
 def tree_mask(ends_bt: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 
 def score_task(task: LoadedTask, answers: dict[tuple[str, int], Answer]) -> dict[str, Any]:
-    """Return a task's number of questions, and each metric of the harness with its standard error (None: it has none)."""
+    """Return a task's number of questions, how many have no single likeliest choice, and the harness's metrics.
+
+    Each metric has its value and its standard error (None: it has none).
+    """
     from lm_eval.api.metrics import mean, mean_stderr
 
     values: dict[str, list[Any]] = {}
+    ties = 0
     documents = sorted(set(task.requests.documents))
     for document in documents:
         logprobs, greedy = answers[task.name, document]
+        ties += len(logprobs) > 1 and logprobs.count(max(logprobs)) > 1
         results = logprobs if task.rolling else list(zip(logprobs, greedy, strict=True))
         for metric, value in task.task.process_results(task.task.task_docs[document], results).items():
             values.setdefault(metric, []).append(value)
@@ -33,7 +38,13 @@ def score_task(task: LoadedTask, answers: dict[tuple[str, int], Answer]) -> dict
         elif len(found) > 1 and metric == "bits_per_byte":
             error = _ratio_stderr(found)
         metrics[metric] = {"value": float(aggregate(found)), "stderr": error}
-    return {"questions": len(documents), "version": str(task.task.VERSION), "digest": task.digest, "metrics": metrics}
+    return {
+        "questions": len(documents),
+        "ties": ties,
+        "version": str(task.task.VERSION),
+        "digest": task.digest,
+        "metrics": metrics,
+    }
 
 
 def _ratio_stderr(pairs: Sequence[tuple[float, int]]) -> float:
@@ -58,6 +69,7 @@ def score_benchmark(benchmark: Benchmark, tasks: Sequence[dict[str, Any]]) -> di
         "metric": benchmark.label or benchmark.metric,
         "shots": benchmark.shots,
         "questions": sum(counts),
+        "ties": sum(task["ties"] for task in tasks),
         "tasks": len(tasks),
         "chance": benchmark.chance,
     }

@@ -58,7 +58,12 @@ class Benchmark:
     label: str = ""
     """What the metric is called where the harness's name for it says too little."""
     local: str = ""
-    """File of a local copy that is no copy of the hub's repository; ``read`` makes its documents."""
+    """File of a local copy that is no copy of the hub's repository; ``custom_dataset`` makes its documents."""
+
+    @property
+    def place(self) -> str:
+        """Where its data are in a folder of local copies."""
+        return self.local or self.data
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,24 @@ PAPER = tuple(
 )
 TODAY = tuple(replace(benchmark, pooled=True) for benchmark in _nine({}))
 # Questions of each task, so that a 135M model answers all in minutes on two CPU cores; long examples weigh most.
-QUICK = {"HellaSwag": 80, "TruthfulQA": 60, "MMLU": 2, "ARC-C": 60, "CrowS-Pairs": 20, "PIQA": 200} | {
+QUICK = {
+    "HellaSwag": 80,
+    "TruthfulQA": 60,
+    "MMLU": 2,
+    "ARC-C": 60,
+    "CrowS-Pairs": 20,
+    "PIQA": 200,
     "RACE": 60,
     "SIQA": 200,
     "WinoGrande": 120,
+}
+# The harness asks LAMBADA for its last words alone; as bits per byte, all of each text counts.
+WHOLE_TEXTS: dict[str, Any] = {
+    "task": "lambada_openai_text",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
 }
 PERPLEXITY = (
     Benchmark(
@@ -140,6 +159,14 @@ PERPLEXITY = (
         local="lambada/lambada_openai.jsonl",
         changes={"custom_dataset": lambada_documents},
     ),
+    Benchmark(
+        "LAMBADA, text",
+        "bits_per_byte",
+        ("lambada/lambada_openai",),
+        "EleutherAI/lambada_openai",
+        local="lambada/lambada_openai.jsonl",
+        changes={"custom_dataset": lambada_documents, **WHOLE_TEXTS},
+    ),
 )
 SUITES = {
     suite.name: suite
@@ -152,7 +179,12 @@ SUITES = {
             tuple(replace(benchmark, questions=QUICK[benchmark.name]) for benchmark in PAPER),
             special_tokens=False,
         ),
-        Suite("perplexity", "bits per byte: the hold-out, WikiText-2; LAMBADA", PERPLEXITY, special_tokens=False),
+        Suite(
+            "perplexity",
+            "bits per byte of the hold-out, WikiText-2 and LAMBADA, and LAMBADA's last words",
+            PERPLEXITY,
+            special_tokens=False,
+        ),
     )
 }
 
@@ -174,8 +206,6 @@ def task_config(benchmark: Benchmark, file: str, folder: Path | None, cache: Pat
     ``datasets`` knows a local copy again by the names of its directory and files alone, and would serve what it read from
     another copy before. So each content gets a directory of its own in ``cache``.
 
-    Raises:
-        UsageError: the folder lacks the data; the message names the directory and the hub id.
     """
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -188,12 +218,7 @@ def task_config(benchmark: Benchmark, file: str, folder: Path | None, cache: Pat
         if benchmark.local:
             del changes["custom_dataset"]
         return config | changes
-    place = folder / (benchmark.local or benchmark.data)
-    if not place.exists():
-        raise UsageError(
-            f"{place}: missing; copy the data set '{benchmark.data}' of the Hugging Face hub there, or leave out --benchmarks "
-            "to read it from the hub"
-        )
+    place = folder / benchmark.place
     if benchmark.local:
         return config | changes | {"dataset_kwargs": {"path": place}}
     known_as = cache / f"datasets-{_digest(place)[:24]}"

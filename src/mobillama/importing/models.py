@@ -28,6 +28,7 @@ from mobillama.recipe import ModelConfig
 from mobillama.record.files import new_directory, read_json, sha256_file, write_json
 
 IMPORT_FILE = "import.json"
+VERSION = 1  # one more whenever the same file comes to be read as another model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 

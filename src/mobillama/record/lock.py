@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mobillama.errors import UsageError
+from mobillama.errors import LockedError
+
+_FILE = ".lock"
+_LOOK_SECONDS = 0.1  # longer than :func:`is_locked` holds a lock to find out
 
 
 @contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Hold ``directory/.lock`` while the block runs; ``what`` names the activity in the other process's error.
+def locked(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold ``directory/.lock`` while the block runs.
+
+    Args:
+        directory: what this process alone is to write into.
+        what: the activity, as the other process's error names it.
+        wait: until the other process is done, instead of an error.
 
     Raises:
-        UsageError: another process holds the lock; the message carries its process id.
+        LockedError: another process holds the lock; the message carries its process id.
     """
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(directory / _FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor, wait)
         except BlockingIOError:
             holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-            raise UsageError(
+            raise LockedError(
                 f"{directory}: {what} already runs here (process {holder}); stop it or use another directory"
             ) from None
         os.ftruncate(descriptor, 0)
@@ -32,3 +41,29 @@ def locked(directory: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(directory: Path) -> bool:
+    """Tell whether a process holds the lock of a directory."""
+    try:
+        descriptor = os.open(directory / _FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _take(descriptor: int, wait: bool) -> None:
+    if wait:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_LOOK_SECONDS)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from mobillama.config import read_mapping
-from mobillama.console import note, progress, table
+from mobillama.console import note, progress
 from mobillama.data.dataset import Dataset
 from mobillama.directory import MODEL_TYPE
-from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
+from mobillama.errors import LockedError, MobiLlamaError, UsageError
 from mobillama.evaluate.heldout import evaluate_baselines
 from mobillama.evaluate.model import ModelFiles, find_model, list_revisions, number_of
+from mobillama.evaluate.results import read_result
 from mobillama.evaluate.run import Evaluator, record_failure
 from mobillama.evaluate.suites import find_suite
+from mobillama.record.lock import is_locked
 from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.train.checkpoint import list_checkpoints
 from mobillama.train.records import METRICS_FILE
+from mobillama.workflows.scoretables import show_results
 
 BENCHMARKS_VARIABLE = "MOBILLAMA_BENCHMARKS"
 CACHE_VARIABLE = "MOBILLAMA_CACHE"
+_OUT = Path("evals")
 _POLL_SECONDS = 20.0
 
 
@@ -50,9 +54,17 @@ class Settings:
 
 
 def evaluate_models(
-    names: list[str], revisions: list[str], settings: Settings, out: Path, baselines: bool, as_json: bool
+    names: list[str], revisions: list[str], settings: Settings, out: Path | None, baselines: bool, as_json: bool
 ) -> None:
     """Evaluate models, or revisions of one repository, and print their scores.
+
+    Args:
+        names: model directories, GGUF files or repositories of the hub.
+        revisions: of the one repository.
+        settings: of each evaluation.
+        out: where results go; None: a checkpoint's into its run, others' into ``evals``.
+        baselines: compute what compressors and n-gram models reach on the hold-out.
+        as_json: print JSON instead of a table.
 
     Raises:
         UsageError: a model is not there, or is none; all such are named at once, and nothing is evaluated.
@@ -64,7 +76,7 @@ def evaluate_models(
         raise UsageError(f"--revisions: belong to a repository of the hub, but {names[0]} is here; leave them out")
     if revisions == ["all"]:
         revisions = list_revisions(names[0])
-    _check_out(out)
+    _check_out(out or _OUT)
     wanted: list[tuple[str, str | None]] = [(name, None) for name in names]
     wanted = [(names[0], revision) for revision in revisions] or wanted
     found = _find_models(wanted)
@@ -75,64 +87,127 @@ def evaluate_models(
         results = []
         for (name, revision), model in zip(wanted, found, strict=True):
             facts = {"revision": revision, "number": number_of(revision)} if revision else {}
-            if isinstance(model, ModelFiles):
-                results.append(evaluator.evaluate(model, _directory(model, settings, out), facts))
-            else:
-                directory = out / settings.suite / settings.named(_file_name(name))
-                results.append(record_failure(directory, name, facts, model))
-        numbered = [r for r in results if r["status"] == "done" and r["model"].get("number") is not None]
+            results.append(_evaluate(evaluator, name, model, _directory(name, model, settings, out), facts))
+        numbered = [r for r in results if r["model"].get("number") is not None]
         if len(numbered) > 1:
-            _draw_revisions(numbered, out / settings.suite / f"{settings.named(_file_name(names[0]))}.png")
-        floor = evaluate_baselines(evaluator.dataset, settings.limit) if baselines and evaluator.dataset else {}
-    _show(settings.suite, results, floor, as_json)
+            numbered.sort(key=lambda result: int(result["model"]["number"]))
+            _draw(numbered, (out or _OUT) / settings.suite / f"{settings.named(_file_name(names[0]))}.png")
+        floor = _baselines(evaluator) if baselines else {}
+    show_results(settings.suite, results, floor, as_json)
 
 
-def evaluate_run(run: Path, settings: Settings, follow: bool, as_json: bool) -> None:
+def evaluate_run(run: Path, settings: Settings, follow: bool, baselines: bool, as_json: bool) -> None:
     """Evaluate every checkpoint of a run into ``RUN/evals``, newest last, and draw the scores against tokens.
 
-    Several processes may do so at once, each with a device of its own: what one works on, the others pass over.
+    Several processes may do so at once, each with a device of its own: what one works on, the others pass over. Each draws
+    and prints what all of them have done.
 
     Args:
         run: the run directory.
         settings: of each evaluation; the hold-out is the run's.
-        follow: go on until the last checkpoint of the run's recipe is evaluated.
+        follow: go on until the last checkpoint of the run's recipe is evaluated, or its trainer is gone.
+        baselines: compute what compressors and n-gram models reach on the hold-out.
         as_json: print JSON instead of a table.
 
     Raises:
+        LockedError: other processes evaluate all checkpoints there are.
         MobiLlamaError: a checkpoint failed; the others are evaluated.
     """
-    from mobillama.report.picture import draw_evaluations
-
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"{run}: no recipe.yaml there, so this is no run; --all-checkpoints takes a run directory")
     recipe = read_mapping(run / "recipe.yaml")
     data = settings.data or (Path(recipe["data"]) if "data" in recipe else None)  # a tuning run's hold-out is no text
+    if baselines and data is None:
+        raise UsageError(f"--baselines: {run} states no data; name the prepared data with --data")
     picture = run / "evals" / f"{settings.named(settings.suite)}.png"
     results: dict[int, dict[str, Any]] = {}
+    keys: dict[int, dict[str, Any] | None] = {}
     with progress() as show:
         evaluator = _evaluator(settings, data, show)
         for step, path in _checkpoints(run, recipe["train"]["steps"], follow):
+            name = str(path / "model")
             directory = run / "evals" / settings.suite / settings.named(path.name)
-            facts = {"step": step, "tokens": step * _tokens_per_step(run)}
+            model = _find(name)
+            keys[step] = evaluator.key(model) if isinstance(model, ModelFiles) else None
             try:
-                results[step] = _evaluate(evaluator, path / "model", directory, facts)
-            except UsageError as error:
-                note(f"passed over: {error}")
-            done = [results[number] for number in sorted(results) if results[number]["status"] == "done"]
-            if done:
-                draw_evaluations(done, picture, run)
+                # One that is removed while it is read is not a failure of the model.
+                result = None if _is_gone(path) else _evaluate(evaluator, name, model, directory, _facts(run, step))
+                if result is None or (result["status"] == "failed" and _is_gone(path)):
+                    note(f"step {step:,}: removed meanwhile, passed over")
+                    del keys[step]
+            except LockedError:
+                note(f"step {step:,}: another process evaluates it, passed over")
+            drawn = None
+            while (results := _read_results(run, settings, evaluator, keys)) != drawn:  # others went on meanwhile
+                drawn = results
+                _draw(list(results.values()), picture, run)
+        floor = _baselines(evaluator) if baselines else {}
+    elsewhere = [step for step in keys if step not in results]
+    if elsewhere and not results:
+        raise LockedError(
+            f"{run}: all {len(elsewhere)} are being evaluated elsewhere; run this again when that has ended"
+        )
     if not results:
-        raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them")
-    note(f"picture: {picture}")
-    _show(settings.suite, [results[step] for step in sorted(results)], {}, as_json)
+        raise UsageError(f"{run}: has no checkpoint yet; --follow waits for them while a trainer runs there")
+    if elsewhere:
+        note(f"{len(elsewhere)} of {len(keys)} are being evaluated elsewhere, and are missing here")
+    if picture.is_file():
+        note(f"picture: {picture}")
+    show_results(settings.suite, list(results.values()), floor, as_json)
 
 
-def _evaluate(evaluator: Evaluator, model: Path, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _read_results(
+    run: Path, settings: Settings, evaluator: Evaluator, keys: dict[int, dict[str, Any] | None]
+) -> dict[int, dict[str, Any]]:
+    """Return the results of a run's checkpoints by step, whichever process wrote them, and of those removed since.
+
+    Args:
+        keys: what the result of each checkpoint met depends on; None: its files are damaged.
+    """
+    found = {}
+    for directory in (run / "evals" / settings.suite).glob("step-*"):
+        named = re.fullmatch(rf"step-(\d+){re.escape(settings.named(''))}", directory.name)
+        result = read_result(directory) if named else None
+        if named is None or result is None:
+            continue
+        step, key = int(named[1]), result["key"]
+        if step in keys:
+            counts = key == keys[step]
+        else:
+            counts = result["status"] == "done" and key | {"model": ""} == evaluator.protocol | {"model": ""}
+        if counts:
+            found[step] = {**result, "model": result["model"] | _facts(run, step)}
+    return dict(sorted(found.items()))
+
+
+def _find(name: str, revision: str | None = None) -> ModelFiles | MobiLlamaError:
     try:
-        files = find_model(str(model), _cache())
+        return find_model(name, _cache(), revision)
     except MobiLlamaError as error:
-        return record_failure(directory, str(model), facts, error)
-    return evaluator.evaluate(files, directory, facts)
+        return error
+
+
+def _evaluate(
+    evaluator: Evaluator, name: str, model: ModelFiles | MobiLlamaError, directory: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    if isinstance(model, ModelFiles):
+        return evaluator.evaluate(model, directory, facts)
+    return record_failure(directory, name, facts, model)
+
+
+def _baselines(evaluator: Evaluator) -> dict[str, float]:
+    return evaluate_baselines(evaluator.dataset, evaluator.limit) if evaluator.dataset else {}
+
+
+def _draw(results: list[dict[str, Any]], out: Path, run: Path | None = None) -> None:
+    """Draw what is done of a run's checkpoints, or of revisions."""
+    from mobillama.report.picture import draw_evaluations
+
+    done = [result for result in results if result["status"] == "done"]
+    if done:
+        draw_evaluations(done, out, run)
+        if run is None:
+            note(f"picture: {out}")
 
 
 def _check_out(out: Path) -> None:
@@ -144,17 +219,10 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"--out: {nearest} is not writable; name another directory")
 
 
-def _find_models(wanted: list[tuple[str, str | None]]) -> list[ModelFiles | CorruptDataError]:
+def _find_models(wanted: list[tuple[str, str | None]]) -> list[ModelFiles | MobiLlamaError]:
     """Return models, or what is wrong with their files; what is no model at all is raised, all of it at once."""
-    found: list[ModelFiles | CorruptDataError] = []
-    wrong = []
-    for name, revision in wanted:
-        try:
-            found.append(find_model(name, _cache(), revision))
-        except CorruptDataError as error:
-            found.append(error)
-        except UsageError as error:
-            wrong.append(error)
+    found = [_find(name, revision) for name, revision in wanted]
+    wrong = [model for model in found if isinstance(model, UsageError)]
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:
@@ -172,27 +240,38 @@ def _check_read_data(models: list[ModelFiles]) -> None:
         raise UsageError(f"--data: reads only {MODEL_TYPE} models; leave it out for {', '.join(others)}")
 
 
-def _draw_revisions(results: list[dict[str, Any]], out: Path) -> None:
-    from mobillama.report.picture import draw_evaluations
-
-    draw_evaluations(sorted(results, key=lambda result: int(result["model"]["number"])), out)
-    note(f"picture: {out}")
-
-
 def _checkpoints(run: Path, last: int, follow: bool) -> Iterator[tuple[int, Path]]:
-    """Yield the checkpoints of a run, and with ``follow`` those that come until its last step; name what is none."""
+    """Yield the checkpoints of a run, and with ``follow`` those that a trainer adds until the last step; name what is none."""
     seen: set[int] = set()
+    told = -1
     while True:
+        is_trained = is_locked(run)  # asked first: what its trainer writes before it goes is in the list
         for step, path in list_checkpoints(run / "checkpoints"):
             if step not in seen:
                 seen.add(step)
                 yield step, path
         if not follow or last in seen:
             break
+        newest = max(seen, default=0)
+        if not is_trained:
+            note(f"no trainer runs in {run}, whose newest checkpoint is of step {newest:,} of {last:,}")
+            break
+        if newest != told:
+            note(f"waiting for step {last:,}; the newest checkpoint is of step {newest:,}")
+            told = newest
         time.sleep(_POLL_SECONDS)
     for path in sorted((run / "checkpoints").glob("step-*")):
-        if re.fullmatch(r"step-\d+", path.name) and not (path / MANIFEST_NAME).is_file():
+        if re.fullmatch(r"step-\d+", path.name) and _is_gone(path):
             note(f"step {int(path.name.removeprefix('step-')):,}: no {MANIFEST_NAME}, passed over")
+
+
+def _is_gone(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is not whole: its manifest comes last and goes first."""
+    return not (checkpoint / MANIFEST_NAME).is_file()
+
+
+def _facts(run: Path, step: int) -> dict[str, Any]:
+    return {"step": step, "tokens": step * _tokens_per_step(run)}
 
 
 def _cache() -> Path:
@@ -216,12 +295,14 @@ def _evaluator(settings: Settings, data: Path | None, show: Any) -> Evaluator:
     return evaluator
 
 
-def _directory(files: ModelFiles, settings: Settings, out: Path) -> Path:
-    """Return where a model's evaluation is kept: beside its run's checkpoints, else in ``out``."""
-    checkpoint = files.directory.resolve().parent
-    if re.fullmatch(r"step-\d+", checkpoint.name) and checkpoint.parent.name == "checkpoints":
+def _directory(name: str, model: ModelFiles | MobiLlamaError, settings: Settings, out: Path | None) -> Path:
+    """Return where a model's evaluation is kept: beside its run's checkpoints unless ``out`` is named."""
+    if not isinstance(model, ModelFiles):
+        return (out or _OUT) / settings.suite / settings.named(_file_name(name))
+    checkpoint = model.directory.resolve().parent
+    if out is None and re.fullmatch(r"step-\d+", checkpoint.name) and checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent / "evals" / settings.suite / settings.named(checkpoint.name)
-    return out / settings.suite / settings.named(f"{_file_name(files.name)}-{files.digest[:8]}")
+    return (out or _OUT) / settings.suite / settings.named(f"{_file_name(model.name)}-{model.digest[:8]}")
 
 
 def _file_name(model: str) -> str:
@@ -236,85 +317,3 @@ def _tokens_per_step(run: Path) -> int:
     except FileNotFoundError:
         return 0
     return first["tokens"] // first["step"] if first else 0
-
-
-def measures(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Return the named scores of a result, each with its standard error where it has one."""
-    found: dict[str, tuple[float, float | None]] = {}
-    if "holdout" in result:
-        found["hold-out"] = result["holdout"]["bits_per_byte"], None
-        found |= {f"  {name}": (bits, None) for name, bits in result["holdout"]["bits_per_byte_by_source"].items()}
-    found |= {name: (facts["score"], facts["stderr"]) for name, facts in result.get("benchmarks", {}).items()}
-    if result.get("average") is not None:
-        found["average"] = result["average"], None
-    return found
-
-
-def _show(suite: str, results: list[dict[str, Any]], floor: dict[str, float], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"results": results, "baselines": floor}, indent=2))
-    else:
-        done = [result for result in results if result["status"] == "done"]
-        if done:
-            _table(suite, done, floor)
-        said: dict[str, list[str]] = {}
-        for result in done:
-            for remark in _remarks(result):
-                said.setdefault(remark, []).append(_label(result))
-        for remark, names in said.items():
-            note(f"{names[0] if len(names) == 1 else f'{len(names)} models'}: {remark}")
-    failed = [result for result in results if result["status"] == "failed"]
-    if failed:
-        if len(results) > 1:
-            for result in failed:
-                note(f"{_label(result)}: failed: {result['error']}")
-        error = MobiLlamaError(failed[0]["error"] if len(results) == 1 else f"{len(failed)} of {len(results)} failed")
-        error.exit_code = max(result["exit_code"] for result in failed)
-        raise error
-
-
-def _table(suite: str, done: list[dict[str, Any]], floor: dict[str, float]) -> None:
-    """Print one model as a column with its standard errors, several as rows."""
-    digits = 4 if suite == "perplexity" else 2
-    columns, benchmarks, limit = measures(done[0]), done[0].get("benchmarks", {}), done[0]["key"]["limit"]
-    title = f"{suite}, only --limit {limit}" if limit else suite
-    unit = "bits per byte (LAMBADA: percent)" if suite == "perplexity" else "percent"
-    if len(done) == 1:
-        rows = []
-        for column, measure in columns.items():
-            facts = benchmarks.get(column)
-            about = (facts["metric"], f"{facts['questions']:,}") if facts else ("", "")
-            rows.append((column, _cell(measure, digits), *about))
-        rows += [(name, f"{value:.{digits}f}", "", "") for name, value in floor.items()]
-        table(f"{title}: {_label(done[0])}", ["", unit, "metric", "questions"], rows)
-        return
-    names = [f"{name} ({benchmarks[name]['questions']:,})" if name in benchmarks else name for name in columns]
-    rows_of_models = [
-        (_label(result), *(f"{measures(result)[column][0]:.{digits}f}" for column in columns)) for result in done
-    ]
-    table(f"{title}, {unit} (questions in brackets); standard errors are in the records", ["", *names], rows_of_models)
-
-
-def _label(result: dict[str, Any]) -> str:
-    model = result["model"]
-    return f"step {model['step']:,}" if "step" in model else str(model["name"])
-
-
-def _cell(measure: tuple[float, float | None], digits: int) -> str:
-    value, error = measure
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def _remarks(result: dict[str, Any]) -> list[str]:
-    """Return what must not go unsaid of a result that is done."""
-    remarks, lost = [], result.get("truncated", {})
-    if lost.get("contexts"):
-        length = f"{result['context_length']:,} tokens"
-        remarks.append(f"{lost['contexts']:,} contexts longer than the model's {length} lost their beginning")
-    if lost.get("continuations"):
-        remarks.append(
-            f"{lost['continuations']:,} answers longer than the context were scored in part; do not compare them"
-        )
-    if result.get("packed") is False:
-        remarks.append("takes no masks of ours, so choices were read one by one")
-    return remarks

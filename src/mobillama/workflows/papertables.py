@@ -33,8 +33,8 @@ def show_table(number: int, ours: list[Path]) -> None:
     rows = []
     for row in paper.rows:
         found = doubts(paper, row)
-        values = zip(columns, [*row.scores, row.average], strict=True)
-        rows.append((row.name, row.size, *(f"{v:.2f}" + (mark(found[c]) if c in found else "") for c, v in values)))
+        cells = zip(columns, row.printed, strict=True)
+        rows.append((row.name, row.size, *(cell + (mark(found[c]) if c in found else "") for c, cell in cells)))
     results = [_our_result(place.parent if place.name == RESULT_FILE else place) for place in ours]
     for result in results:
         rows.append((f"ours: {result['model']['name']}", "", *(f"{value:.2f}" for value in our_row(paper, result))))

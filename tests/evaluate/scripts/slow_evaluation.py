@@ -17,8 +17,8 @@ def flush_and_rest(self: Samples) -> None:
     time.sleep(0.1)
 
 
-def create_small(self: Scorer, model, precision, longest) -> None:
-    create(self, model, precision, longest, batch_tokens=32)
+def create_small(self: Scorer, model, precision, longest, packs) -> None:
+    create(self, model, precision, longest, batch_tokens=32, packs=packs)
 
 
 Samples.flush, Scorer.__init__ = flush_and_rest, create_small

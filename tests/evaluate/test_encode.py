@@ -1,4 +1,4 @@
-"""PackedLM beside the harness's own HFLM: the same requests, the same log-probabilities, the same decisions."""
+"""Our encoding and scoring beside the harness's own HFLM: the same requests, the same log-probabilities, the same decisions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import VOCAB
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
-from mobillama.evaluate.adapter import PackedLM
-from mobillama.evaluate.encode import TextTokenizer
+from mobillama.evaluate.encode import TextTokenizer, encode, to_sequences
+from mobillama.evaluate.scorer import Scorer
 
 TEXTS = [
     ("The ship sailed", [" away", " home to the harbour", " on"]),
@@ -55,21 +55,35 @@ def requests(kind: str) -> list[Instance]:
     return [Instance(kind, {}, (context, choice), n) for context, choices in TEXTS for n, choice in enumerate(choices)]
 
 
+def scored(model, tokenizer, asked: list[Instance], rolling: bool = False):
+    """Return the log-probability and greediness of each request, and what was truncated."""
+    contexts, continuations = zip(*[("", *r.args)[-2:] for r in asked], strict=True)
+    sequences, request_of, truncated = to_sequences(
+        encode(tokenizer, list(contexts), list(continuations), rolling), model.config.max_position_embeddings
+    )
+    logprobs, greedy = [0.0] * len(asked), [True] * len(asked)
+    for scores in Scorer(model, "float32", longest=64).score(sequences):
+        for score in scores:
+            logprobs[request_of[score.sequence]] += score.logprob
+            greedy[request_of[score.sequence]] &= score.is_greedy
+    return logprobs, greedy, truncated
+
+
 @pytest.mark.parametrize("special_tokens", [False, True])
 def test_equals_the_stock_adapter(model, tokenizer, special_tokens):
     prefix = tokenizer.bos_token_id if special_tokens else tokenizer.eos_token_id
     add_bos = None if special_tokens else False
     stock = HFLM(model, tokenizer=tokenizer, batch_size=4, add_bos_token=add_bos, prefix_token_id=prefix, device="cpu")
-    ours = PackedLM(model, TextTokenizer(tokenizer, "", special_tokens))
-    expected, found = stock.loglikelihood(requests("loglikelihood")), ours.loglikelihood(requests("loglikelihood"))
-    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert ours.truncated.contexts == 2 and ours.truncated.continuations == 0
+    ours = TextTokenizer(tokenizer, "", special_tokens)
+    expected = stock.loglikelihood(requests("loglikelihood"))
+    logprobs, greedy, truncated = scored(model, ours, requests("loglikelihood"))
+    assert logprobs == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+    assert greedy == [greedy for _, greedy in expected]
+    assert truncated.contexts == 2 and truncated.continuations == 0
     rolling = requests("loglikelihood_rolling")
-    assert ours.loglikelihood_rolling(rolling) == pytest.approx(stock.loglikelihood_rolling(rolling), abs=1e-3)
+    assert scored(model, ours, rolling, True)[0] == pytest.approx(stock.loglikelihood_rolling(rolling), abs=1e-3)
 
 
 def test_continuations_longer_than_the_model_are_counted(model, tokenizer):
-    ours = PackedLM(model, TextTokenizer(tokenizer, "", False))
-    ours.loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 200), 0)])
-    assert ours.truncated.continuations == 1
+    asked = [Instance("loglikelihood", {}, ("a", " b" * 200), 0)]
+    assert scored(model, TextTokenizer(tokenizer, "", False), asked)[2].continuations == 1

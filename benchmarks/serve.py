@@ -29,9 +29,9 @@ import numpy as np
 import openai
 
 from mobillama.data.template import ChatTemplate
-from mobillama.engine.load import load_batch_engine
+from mobillama.engine.load import engine_for, load_batch_engine
 from mobillama.record.environment import environment
-from mobillama.record.files import write_json
+from mobillama.record.files import read_json, write_json
 from mobillama.serve.scheduler import CHUNK
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
@@ -60,7 +60,6 @@ def main() -> None:
         facts = asyncio.run(measure(args, address, process))
     overhead = {name: 1 - facts["tokens_per_second"][name] / bare[name] for name in bare}
     result = {
-        "model": args.model.name,
         "slots": args.slots,
         "bare_engine_tokens_per_second": bare,
         **facts,
@@ -69,7 +68,8 @@ def main() -> None:
         "remark": args.remark,
         "environment": environment(),
     }
-    write_json(args.out, result)
+    results = read_json(args.out) if args.out.exists() else {}
+    write_json(args.out, {**results, f"{args.model.name}, {engine_for(args.model, args.engine)}": result})
     print(json.dumps(result, indent=2))
 
 

@@ -722,6 +722,39 @@ def _measured(environment: dict[str, Any], *packages: str) -> str:
     return f"{environment['machine']}{versions}, {environment['date'][:10]}, commit {short}"
 
 
+def serving() -> str:
+    """Return what the server bears, a column for each engine."""
+    results = load("serve")
+    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"| {name} | {' | '.join(map(cell, results.values()))} |")
+
+    def pair(values: dict[str, float], form: str) -> str:
+        return " · ".join(form.format(value) for value in values.values())
+
+    row("tokens/s of the engine alone, 1 · 8 sequences", lambda r: pair(r["bare_engine_tokens_per_second"], "{:,.0f}"))
+    row("tokens/s of the server, 1 · 8 clients", lambda r: pair(r["tokens_per_second"], "{:,.0f}"))
+    row("8 clients over one", lambda r: f"{r['gain_of_slots']:.2f} ×")
+    row("share that the server and its clients take", lambda r: pair(r["server_overhead"], "{:.0%}"))
+    row(
+        "first token, 8 clients: median · 95th",
+        lambda r: "{median:.2f} · {p95:.2f} s".format(**r["first_token_seconds"]),
+    )
+    row("slots of killed clients are free after", lambda r: f"{r['slots_free_after_kill_seconds']:.3f} s")
+    row("soak: clients · seconds", lambda r: f"{r['soak']['clients']} · {r['soak']['seconds']:.0f}")
+    row(
+        "streams by outcome",
+        lambda r: ", ".join(f"{count:,} {name}" for name, count in sorted(r["soak"]["streams"].items())),
+    )
+    row(
+        "memory in the second · last fifth",
+        lambda r: "{second_fifth:,} · {last_fifth:,} MiB".format(**r["soak"]["resident_mib"]),
+    )
+    stamps = dict.fromkeys(_measured(result["environment"]) for result in results.values())
+    return "\n".join([*lines, "", f"`python benchmarks/serve.py MODEL`; {'; '.join(stamps)}."])
+
+
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "quickstart": (ROOT / "README.md", quickstart),
     "data-speed": (ROOT / "docs" / "data.md", data_speed),
@@ -742,6 +775,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "native-parity": (ROOT / "docs" / "on-device.md", native_parity),
     "inference": (ROOT / "docs" / "on-device.md", inference),
     "decode-gpu": (ROOT / "docs" / "on-device.md", decode_gpu),
+    "serving": (ROOT / "docs" / "serving.md", serving),
     "browser": (ROOT / "docs" / "on-device.md", browser),
     "executorch": (ROOT / "docs" / "on-device.md", executorch),
 }

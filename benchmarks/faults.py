@@ -24,7 +24,8 @@ import torch
 
 from mobillama.console import note, progress
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import load_tokenizer, train_tokenizer
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.directory import save_model
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, OptimizerConfig, PrepareRecipe, SourceConfig

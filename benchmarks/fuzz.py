@@ -112,7 +112,8 @@ def make_seeds(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from mobillama.data.tokenizer import load_tokenizer, train_tokenizer
+    from mobillama.data.tokenizer import load_tokenizer
+    from mobillama.data.tokenizer_training import train_tokenizer
     from mobillama.deploy.parity import texts
     from mobillama.directory import save_tensors
     from mobillama.engine.blocks import TYPES

@@ -24,7 +24,6 @@ from mobillama.data.tokenizer import decode, load_tokenizer
 from mobillama.directory import load_model
 from mobillama.engine.load import open_engine
 from mobillama.model.cost import model_cost
-from mobillama.recipe import SftRecipe
 from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 from mobillama.train.objective import Objective
@@ -32,6 +31,7 @@ from mobillama.train.validation import combined, validate
 from mobillama.train.world import World
 from mobillama.tune.conversations import Conversation, read_conversations
 from mobillama.tune.dataset import ChatData, is_held_out
+from mobillama.tune.recipe import SftRecipe
 from mobillama.tune.sft import sft
 
 ROOT = Path(__file__).parents[1]

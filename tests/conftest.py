@@ -25,7 +25,8 @@ if not torch.cuda.is_available():
 from mobillama.data.documents import Piece, Reading, read_piece, read_texts
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.template import DEFAULT
-from mobillama.data.tokenizer import load_tokenizer, train_tokenizer
+from mobillama.data.tokenizer import load_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.directory import save_model
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PrepareRecipe, SourceConfig

@@ -1,4 +1,4 @@
-"""Recipes: every setting of a model, a data preparation, a pre-training and a tuning run, typed and explained.
+"""Recipes: every setting of a model, a data preparation and a pre-training run, typed and explained.
 
 The text under each field is its ``--help``. Relative paths start at the working directory. Files are read and overrides
 applied in :mod:`mobillama.config`.
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Optional
 
 from mobillama.errors import UsageError
 
 
-def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+def require(holds: bool, key: str, value: object, wanted: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        UsageError: ``holds`` is false; it names ``key``, ``value`` and what is ``wanted``.
+    """
     if not holds:
         raise UsageError(f"{key}: {value} is not {wanted}")
 
@@ -58,19 +63,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "a positive number")
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "a positive number")
         for name in ("num_key_value_heads", "head_dim"):
             given = getattr(self, name)
-            _require(given is None or given >= 1, f"model.{name}", given, "a positive number, or absent")
-        _require(
+            require(given is None or given >= 1, f"model.{name}", given, "a positive number, or absent")
+        require(
             self.max_position_embeddings >= 1,
             "model.max_position_embeddings",
             self.max_position_embeddings,
             "1 or more",
         )
-        _require(self.rms_norm_eps > 0, "model.rms_norm_eps", self.rms_norm_eps, "above 0")
-        _require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "above 0")
-        _require(self.initializer_range >= 0, "model.initializer_range", self.initializer_range, "0 or more")
+        require(self.rms_norm_eps > 0, "model.rms_norm_eps", self.rms_norm_eps, "above 0")
+        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "above 0")
+        require(self.initializer_range >= 0, "model.initializer_range", self.initializer_range, "0 or more")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"model.head_dim: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -137,8 +142,8 @@ class CleanConfig:
 
     def __post_init__(self) -> None:
         wanted = bool(re.fullmatch(r"([a-z]{2,3})?", self.language))
-        _require(wanted, "clean.language", repr(self.language), "a code of two or three letters such as en")
-        _require(0 <= self.min_language_score <= 1, "clean.min_language_score", self.min_language_score, "within 0…1")
+        require(wanted, "clean.language", repr(self.language), "a code of two or three letters such as en")
+        require(0 <= self.min_language_score <= 1, "clean.min_language_score", self.min_language_score, "within 0…1")
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,8 @@ class SourceConfig:
         Raises:
             UsageError: the message names the key.
         """
-        _require(bool(self.path), f"{key}.path", repr(self.path), "the name of a file, directory or data set")
-        _require(0 < self.weight < math.inf, f"{key}.weight", self.weight, "above 0 and finite")
+        require(bool(self.path), f"{key}.path", repr(self.path), "the name of a file, directory or data set")
+        require(0 < self.weight < math.inf, f"{key}.weight", self.weight, "above 0 and finite")
         used = {
             "subset": self.format in ("amber", "huggingface"),
             "split": self.format == "huggingface",
@@ -220,16 +225,16 @@ class PrepareRecipe:
             raise UsageError("sources: none given; name at least one source of documents")
         for name, source in self.sources.items():
             plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
-            _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
-            _require(name != "duplicates", "sources", repr(name), "free: the table of duplicates has it")
+            require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
+            require(name != "duplicates", "sources", repr(name), "free: the table of duplicates has it")
             source.check(f"sources.{name}")
-        _require(len(self.sources) <= 255, "sources", len(self.sources), "at most 255 of them")
-        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")
-        _require(self.chunks >= 1, "chunks", self.chunks, "a positive number")
+        require(len(self.sources) <= 255, "sources", len(self.sources), "at most 255 of them")
+        require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "2 or more")
+        require(self.chunks >= 1, "chunks", self.chunks, "a positive number")
         whole = self.holdout < 1 or self.holdout == int(min(self.holdout, 1e15))
-        _require(0 <= self.holdout < math.inf and whole, "holdout", self.holdout, "a share below 1 or a whole number")
-        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
-        _require(self.max_document_bytes >= 1024, "max_document_bytes", self.max_document_bytes, "1024 or more")
+        require(0 <= self.holdout < math.inf and whole, "holdout", self.holdout, "a share below 1 or a whole number")
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
+        require(self.max_document_bytes >= 1024, "max_document_bytes", self.max_document_bytes, "1024 or more")
 
 
 @dataclass(frozen=True)
@@ -264,15 +269,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         rate, least = self.learning_rate, self.min_learning_rate
-        _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "above 0")
-        _require(0 <= least <= rate, "optimizer.min_learning_rate", least, f"within 0…learning_rate ({rate})")
-        _require(0 < self.decay_share <= 1, "optimizer.decay_share", self.decay_share, "above 0 and at most 1")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 < rate < math.inf, "optimizer.learning_rate", rate, "above 0")
+        require(0 <= least <= rate, "optimizer.min_learning_rate", least, f"within 0…learning_rate ({rate})")
+        require(0 < self.decay_share <= 1, "optimizer.decay_share", self.decay_share, "above 0 and at most 1")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "at least 0 and below 1")
-        _require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "above 0")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "at least 0 and below 1")
+        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "above 0")
         for name in ("weight_decay", "clip_norm"):
-            _require(0 <= getattr(self, name) < math.inf, f"optimizer.{name}", getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, f"optimizer.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -333,14 +338,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         wanted = "a positive number" if self._least_steps else "0 or more"
-        _require(self.steps >= self._least_steps, "train.steps", self.steps, wanted)
+        require(self.steps >= self._least_steps, "train.steps", self.steps, wanted)
         for name in ("batch_size", "micro_batch_size", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
-        _require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a positive number")
+        require(0 <= self.z_loss < math.inf, "train.z_loss", self.z_loss, "0 or more")
         if self.fused:
             kept = self.activation_checkpointing
-            _require(kept != "selective", "train.activation_checkpointing", kept, "none or full with train.fused")
-            _require(not self.mask_documents, "train.mask_documents", True, "false with train.fused")
+            require(kept != "selective", "train.activation_checkpointing", kept, "none or full with train.fused")
+            require(not self.mask_documents, "train.mask_documents", True, "false with train.fused")
         for name in (
             "shard_ranks",
             "keep_checkpoints",
@@ -349,7 +354,7 @@ class TrainConfig:
             "validate_sequences",
             "inspect_every",
         ):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -365,14 +370,14 @@ class FaultConfig:
     stops with exit code 5."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.spike_factor == 0 or 1 < self.spike_factor < math.inf,
             "faults.spike_factor",
             self.spike_factor,
             "above 1, or 0",
         )
         for name in ("max_skips", "max_rollbacks"):
-            _require(getattr(self, name) >= 0, f"faults.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"faults.{name}", getattr(self, name), "0 or more")
 
 
 # What may differ when a run is resumed: steps learn from the same sequences, results may differ by rounding.
@@ -419,139 +424,8 @@ class PretrainRecipe:
     """What is done about bad steps."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
-        _require(not (self.train.fused and self.model.qk_norm), "model.qk_norm", True, "false with train.fused")
-
-
-@dataclass(frozen=True)
-class ChatSourceConfig:
-    """One source of conversations."""
-
-    path: str
-    """A .jsonl file (also .gz .xz .zst), a .json file that holds one list, or a data set's name (owner/name) or local
-    directory. Each row has messages (role, content: OpenAI's form) or conversations (from, value: ShareGPT's)."""
-    subset: str = ""
-    """Of a data set: the configuration's name."""
-    split: str = "train"
-    """Of a data set: the split."""
-    revision: str = ""
-    """Of a data set: the commit to read; empty: the newest, which is recorded."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685, through peft) instead of all weights."""
-
-    rank: int = 0
-    """Rank of an adapter; 0: all weights are trained. What layers share has one adapter for all its uses."""
-    alpha: int = 32
-    """An adapter's output is multiplied by alpha/rank."""
-    targets: Literal["all", "attention", "ffn"] = "all"
-    """Matrices with an adapter: all of the layers, those of attention, or those of the feed-forward networks."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
-        _require(self.alpha >= 1, "lora.alpha", self.alpha, "1 or more")
-
-
-@dataclass(frozen=True)
-class SftOptimizerConfig(OptimizerConfig):
-    """The optimizer of a tuning run; the defaults are AmberChat's, the nearest recipe that was published."""
-
-    learning_rate: float = 2e-5
-    """Peak learning rate; adapters take about ten times as much."""
-    min_learning_rate: float = 0.0
-    """Learning rate at the last step."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up; 0: as many as warmup_share says."""
-    warmup_share: float = 0.04
-    """Share of the steps in which the rate rises."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 <= self.warmup_share < 1, "optimizer.warmup_share", self.warmup_share, "at least 0 and below 1")
-
-
-@dataclass(frozen=True)
-class SftTrainConfig(TrainConfig):
-    """Length, batch and cadence of a tuning run."""
-
-    steps: int = 0
-    """Optimizer steps; 0: as many as epochs take."""
-    epochs: float = 3.0
-    """How often every sequence is learned from, where steps is 0."""
-    batch_size: int = 64
-    """Packed sequences in a step, over all devices."""
-    micro_batch_size: int = 4
-    """Packed sequences that a device takes through the model at once; the rest of the batch is accumulated."""
-    mask_documents: bool = True
-    """Let no token see another conversation of its sequence, and count positions anew in each."""
-    checkpoint_every: int = 500
-    """Distance of checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep; 0 keeps all."""
-    validate_every: int = 100
-    """Steps between validations on held-out conversations; the last step always validates. 0: never."""
-
-    _least_steps: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
-
-
-@dataclass(frozen=True)
-class SftRecipe:
-    """A supervised fine-tuning run on conversations (``mobillama sft``)."""
-
-    init_from: str
-    """The model to start from: a model directory, for example of a run's checkpoint (RUN/checkpoints/step-N/model) or
-    one that mobillama import made."""
-    sources: dict[str, ChatSourceConfig]
-    """The sources of conversations by name, each packed on its own: {name: {path: …}}."""
-    run: str
-    """Run directory, for example runs/chat."""
-    template: str = ""
-    """A chat template to train with (a .jinja file); empty: the one that comes with the model, else MobiLlama's own. It
-    travels with the tokenizer into every checkpoint and export."""
-    context: int = 0
-    """Tokens of a packed sequence; 0: the model's context length."""
-    holdout: float = 0.02
-    """Share of the conversations that are held out for validation; which ones is decided by their content alone."""
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """Rows that are no conversation: stop with an error that names file and line, or skip them (counted)."""
-    seed: int = 0
-    """Seed of the data order and of the adapters' first weights."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters instead of all weights."""
-    optimizer: SftOptimizerConfig = field(default_factory=SftOptimizerConfig)
-    """The optimizer and its schedule."""
-    train: SftTrainConfig = field(default_factory=SftTrainConfig)
-    """Length, batch and cadence."""
-    faults: FaultConfig = field(default_factory=FaultConfig)
-    """What is done about bad steps."""
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise UsageError("sources: none given; name at least one source of conversations")
-        for name, source in self.sources.items():
-            plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)
-            _require(bool(plain), "sources", repr(name), "a name of letters, digits, '-' and '_'")
-            _require(bool(source.path), f"sources.{name}.path", repr(source.path), "the name of a file or data set")
-        _require(self.context == 0 or self.context >= 8, "context", self.context, "0, or 8 or more")
-        _require(0 <= self.holdout < 1, "holdout", self.holdout, "a share: at least 0 and below 1")
-        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
-        for name in ("fused", "float8"):  # they know the plain matrices only
-            _require(not (self.lora.rank and getattr(self.train, name)), f"train.{name}", True, "false with lora.rank")
-
-    def settled(self, sequences: int) -> SftRecipe:
-        """Return the recipe with its steps and warm-up in numbers, for so many training sequences."""
-        train, optimizer = self.train, self.optimizer
-        steps = train.steps or max(1, math.ceil(train.epochs * sequences / train.batch_size))
-        warmup = optimizer.warmup_steps or round(optimizer.warmup_share * steps)
-        return replace(self, train=replace(train, steps=steps), optimizer=replace(optimizer, warmup_steps=warmup))
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "within 0…2^63-1")
+        require(not (self.train.fused and self.model.qk_norm), "model.qk_norm", True, "false with train.fused")
 
 
 _LARGE_BASE = ModelConfig(share="none")

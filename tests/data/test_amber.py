@@ -20,7 +20,8 @@ from mobillama.data.amber_import import import_amber
 from mobillama.data.dataset import Dataset
 from mobillama.data.order import order
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import decode, train_tokenizer
+from mobillama.data.tokenizer import decode
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.data.trace import trace
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import PretrainRecipe

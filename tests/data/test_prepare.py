@@ -18,7 +18,8 @@ from mobillama.data.documents import Piece, Reading, read_piece, read_texts, sou
 from mobillama.data.prepare import pipeline
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.prepare.read import Read
-from mobillama.data.tokenizer import id_type, load_tokenizer, train_tokenizer
+from mobillama.data.tokenizer import id_type, load_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.recipe import SourceConfig
 from mobillama.record.lock import locked

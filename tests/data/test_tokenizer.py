@@ -20,8 +20,8 @@ from mobillama.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_digest,
-    train_tokenizer,
 )
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.errors import CorruptDataError, UsageError
 
 AWKWARD = [

@@ -23,7 +23,7 @@ from mobillama.data.documents import read_piece
 from mobillama.data.ledger import DOCUMENT, DUPLICATE, EXACT_DUPLICATE, NEAR_DUPLICATE
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.rederive import rederive, sample_rows
-from mobillama.data.tokenizer import train_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.data.verify import verify
 from mobillama.errors import CorruptDataError, UsageError, VerificationError
 from mobillama.recipe import CleanConfig, PrepareRecipe, SourceConfig

@@ -134,7 +134,9 @@ def test_the_server_asks_for_a_token(chat_model, browsing, tmp_path):
     with serving(chat_model, "--token-file", tmp_path / "token") as address:
         browsing.open(address)
         browsing.wait("at('ask-token').open")
+        assert browsing.run("model === null")
         browsing.run(
             "at('token').value = 'a-long-secret-of-mine'; document.querySelector('#ask-token .primary').click()"
         )
         browsing.wait("model !== null")
+        assert not browsing.run("at('ask-token').open")

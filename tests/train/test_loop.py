@@ -34,6 +34,7 @@ from mobillama.train.objective import document_ids
 from mobillama.train.step import Computed, Stepper
 from mobillama.train.weights import fingerprint
 from mobillama.train.world import World
+from train_support import StopAt
 
 COMPUTED = ("kind", "step", "loss", "loss_by_source", "gradient_norm", "learning_rate", "tokens", "bits_per_byte")
 
@@ -58,18 +59,6 @@ def assert_same_bits(one: Path, other: Path, same_cadence: bool = True) -> None:
     assert ledgers[0] == ledgers[1] or not same_cadence
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-
-
-class StopAt(Silent):
-    """Sends its own process SIGTERM after a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def on_record(self, record):
-        if record["step"] == self.step and record["kind"] == "step":
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_run_learns_and_leaves_a_self_contained_directory(recipe_file, tmp_path):

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.recipe import ChatSourceConfig
 from mobillama.tune.conversations import RowFault, conversation_of, describe_source, read_conversations
+from mobillama.tune.recipe import ChatSourceConfig
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,7 +34,7 @@ from mobillama.engine.gguf_model import read_model
 from mobillama.errors import CorruptDataError, Stopped, UsageError
 from mobillama.model.loss import IGNORE
 from mobillama.model.transformer import MobiLlama, initialise
-from mobillama.recipe import ModelConfig, SftRecipe
+from mobillama.recipe import ModelConfig
 from mobillama.record.chain import read_chain
 from mobillama.train.checkpoint import list_checkpoints
 from mobillama.train.loop import Silent
@@ -44,7 +42,9 @@ from mobillama.train.step import Stepper
 from mobillama.train.world import World
 from mobillama.tune.conversations import Conversation, read_conversations
 from mobillama.tune.dataset import ChatData
+from mobillama.tune.recipe import SftRecipe
 from mobillama.tune.sft import Tuning, sft
+from train_support import StopAt
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -61,18 +61,6 @@ def ledger(run: Path) -> list[dict]:
 
 def last_model(run: Path) -> Path:
     return list_checkpoints(run / "checkpoints")[-1][1] / "model"
-
-
-class StopAt(Silent):
-    """Sends its own process SIGTERM after a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def on_record(self, record):
-        if record["step"] == self.step and record["kind"] == "step":
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])

@@ -48,7 +48,7 @@ def _pretrain_recipe() -> type[Any]:
 
 
 def _sft_recipe() -> type[Any]:
-    from mobillama.recipe import SftRecipe
+    from mobillama.tune.recipe import SftRecipe
 
     return SftRecipe
 
@@ -94,7 +94,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 def _sft(args: argparse.Namespace) -> None:
     from mobillama.config import load_recipe, to_yaml
-    from mobillama.recipe import SftRecipe
+    from mobillama.tune.recipe import SftRecipe
 
     recipe = load_recipe(SftRecipe, args.recipe, args.overrides)
     if args.print_config:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mobillama.directory import save_tensors
 from mobillama.model.linear import Linear
-from mobillama.recipe import LoraConfig
+from mobillama.tune.recipe import LoraConfig
 
 ADAPTER_DIRECTORY = "adapter"
 _FILE = "adapter_model.safetensors"

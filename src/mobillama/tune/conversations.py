@@ -16,8 +16,9 @@ from typing import Any
 from mobillama.data.archives import ARCHIVE_ERRORS, open_lines
 from mobillama.data.documents import JSON_SUFFIXES, hub_commit, hub_dataset
 from mobillama.errors import CorruptDataError, UsageError, cause
-from mobillama.recipe import ChatSourceConfig, SourceConfig
+from mobillama.recipe import SourceConfig
 from mobillama.record.files import canonical_json, sha256_file
+from mobillama.tune.recipe import ChatSourceConfig
 
 ROLES = {
     **{name: "system" for name in ("system", "developer")},

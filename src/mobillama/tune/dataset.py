@@ -24,11 +24,11 @@ from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import Tokenizer, id_type, load_tokenizer, save_tokenizer, token_lengths
 from mobillama.errors import UsageError
 from mobillama.progress import Show
-from mobillama.recipe import SftRecipe
 from mobillama.record.files import new_directory
 from mobillama.record.manifest import read_manifest, verify_manifest, write_manifest
 from mobillama.tune.conversations import Conversation, RowFault, read_conversations
 from mobillama.tune.pack import Piece, encode, pack, rows_of
+from mobillama.tune.recipe import SftRecipe
 
 FORMAT = "mobillama-conversations-1"
 DATA_DIRECTORY = "data"

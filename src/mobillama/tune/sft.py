@@ -19,7 +19,6 @@ from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.progress import Show
-from mobillama.recipe import SftRecipe
 from mobillama.record.chain import read_chain
 from mobillama.record.files import sha256_file
 from mobillama.record.manifest import MANIFEST_NAME, read_manifest
@@ -30,6 +29,7 @@ from mobillama.train.world import World
 from mobillama.tune.adapters import ADAPTER_DIRECTORY, adapter_tensors, add_adapters, merged, save_adapters
 from mobillama.tune.conversations import describe_source
 from mobillama.tune.dataset import COUNTS, DATA_DIRECTORY, FORMAT, ChatData, Gathered, gather, quiet, write
+from mobillama.tune.recipe import SftRecipe
 
 _EXAMPLE = [
     {"role": "user", "content": "What is 2 + 2?"},

@@ -13,10 +13,11 @@ from mobillama.config import load_recipe
 from mobillama.data.dataset import Dataset
 from mobillama.data.tokenizer import Tokenizer, decode
 from mobillama.errors import UsageError
-from mobillama.recipe import PretrainRecipe, SftRecipe
+from mobillama.recipe import PretrainRecipe
 from mobillama.record.files import read_json
 from mobillama.record.manifest import MANIFEST_NAME
 from mobillama.tune.dataset import DATA_DIRECTORY, ChatData
+from mobillama.tune.recipe import SftRecipe
 
 
 def open_data(path: Path) -> tuple[Dataset, PretrainRecipe | None]:

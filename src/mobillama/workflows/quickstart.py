@@ -16,7 +16,7 @@ from mobillama.console import TrainingView, note, progress, table
 from mobillama.data.dataset import Dataset
 from mobillama.data.documents import read_texts
 from mobillama.data.prepare.pipeline import prepare
-from mobillama.data.tokenizer import train_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.deploy.hf import export_hf
 from mobillama.engine.load import load_engine
 from mobillama.engine.sampling import Sampling

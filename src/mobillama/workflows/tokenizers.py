@@ -9,7 +9,8 @@ from pathlib import Path
 from mobillama.config import load_recipe
 from mobillama.console import note, progress, table
 from mobillama.data.documents import read_texts, source_texts
-from mobillama.data.tokenizer import id_type, load_tokenizer, train_tokenizer
+from mobillama.data.tokenizer import id_type, load_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.errors import UsageError
 from mobillama.recipe import PrepareRecipe
 

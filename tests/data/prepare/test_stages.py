@@ -27,7 +27,7 @@ from mobillama.data.documents import read_texts
 from mobillama.data.prepare import duplicates, pack, pipeline, plan, read
 from mobillama.data.prepare.pipeline import prepare
 from mobillama.data.prepare.stages import Execution
-from mobillama.data.tokenizer import train_tokenizer
+from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.recipe import CleanConfig, PrepareRecipe, SourceConfig
 from mobillama.record.manifest import read_manifest, verify_manifest
 

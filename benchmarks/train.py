@@ -121,11 +121,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     losses = [float(step(number)) for number in range(args.warm_up)]
     synchronize()
     first = time.perf_counter() - started
-    seconds = []
+    seconds, power = [], {}
     for block in np.array_split(np.arange(args.warm_up, args.warm_up + args.steps), BLOCKS):
         before = time.perf_counter()
         for number in block:
             step(int(number))
+        power = power_state() if cuda else {}
         synchronize()
         seconds.append((time.perf_counter() - before) / len(block))
     median = float(np.median(seconds))
@@ -135,12 +136,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "step_milliseconds": {"median": median * 1e3, "least": min(seconds) * 1e3, "most": max(seconds) * 1e3},
         "mfu_causal": cost.training_flops_causal * tokens / median / BF16_PEAK if cuda else None,
         "mfu_full": cost.training_flops_full * tokens / median / BF16_PEAK if cuda else None,
+        **power,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "seconds_to_first_steps": first,
         "losses": losses,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+
+
+def power_state() -> dict[str, float]:
+    """Return the GPU's watts and the clock it keeps at them, where nvidia-ml-py reads them: a GPU at its limit clocks down."""
+    try:
+        return {"watts": torch.cuda.power_draw() / 1e3, "sm_megahertz": torch.cuda.clock_rate()}
+    except ModuleNotFoundError:
+        return {}
 
 
 def compare(args: argparse.Namespace, earlier: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -177,12 +187,13 @@ def show(title: str, result: dict[str, Any]) -> None:
     rows = []
     for name, facts in result["contenders"].items():
         if "error" in facts:
-            rows.append((name, "failed", *facts["error"], "", ""))
+            rows.append((name, "failed", *facts["error"], "", "", ""))
             continue
         shown = zip(("mfu_causal", "mfu_full", "peak_gib"), ("{:.1%}", "{:.1%}", "{:.1f}"), strict=True)
         on_gpu = [form.format(facts[key]) if facts.get(key) else "" for key, form in shown]
-        rows.append((name, f"{facts['tokens_per_second']:,.0f}", *on_gpu))
-    table(title, ["contender", "tokens/s", "MFU, causal", "MFU, full", "peak GiB"], rows)
+        clock = f"{facts['watts']:.0f} W, {facts['sm_megahertz']} MHz" if "watts" in facts else ""
+        rows.append((name, f"{facts['tokens_per_second']:,.0f}", *on_gpu, clock))
+    table(title, ["contender", "tokens/s", "MFU, causal", "MFU, full", "peak GiB", "power, clock"], rows)
     table("ratios", ["of tokens/s", ""], [(name, f"{ratio:.3f} ×") for name, ratio in result["ratios"].items()])
 
 

@@ -209,8 +209,10 @@ def train_speed() -> str:
         found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
         ours = {name: facts["tokens_per_second"] for name, facts in found.items() if name.startswith("ours")}
         on_gpu = any(facts.get("peak_gib") for facts in found.values())
-        lines = [f"| {title} | tokens/s |{' MFU causal · full | peak GiB | micro-batch |' if on_gpu else ''} ours is |"]
-        lines.append("|---|---:|" + ("---:|---:|---:|" if on_gpu else "") + "---:|")
+        lines = [
+            f"| {title} | tokens/s |{' MFU causal · full | peak GiB | power · clock | micro-batch |' if on_gpu else ''} ours is |"
+        ]
+        lines.append("|---|---:|" + ("---:|" * 4 if on_gpu else "") + "---:|")
         for name, facts in found.items():
             mine = ours.get("ours, float8" if "float8" in name else "ours")
             ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and name not in ours else ""
@@ -218,7 +220,8 @@ def train_speed() -> str:
             if on_gpu:
                 mfu = f"{facts['mfu_causal']:.1%} · {facts['mfu_full']:.1%}" if facts.get("mfu_causal") else ""
                 peak = f"{facts['peak_gib']:.1f}" if facts.get("peak_gib") else ""
-                cells += [mfu, peak, str(facts.get("micro_batch", result["micro_batch"]))]
+                clock = f"{facts['watts']:.0f} W · {facts['sm_megahertz']:,} MHz" if "watts" in facts else ""
+                cells += [mfu, peak, clock, str(facts.get("micro_batch", result["micro_batch"]))]
             lines.append(f"| {' | '.join([*cells, ratio])} |")
         device = next((facts["device"] for facts in found.values() if facts.get("device", "cpu") != "cpu"), "")
         where = f"{device}, " if device else ""

@@ -91,14 +91,26 @@ def test_swiglu_backward():
         torch.testing.assert_close(part, wanted)
 
 
+@pytest.mark.parametrize("width", [8, 20])
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("back", [False, True])
-def test_rotation_in_place_leaves_the_values(back):
-    tables = rotary_tables(torch.arange(4)[None], 8, 10000.0)
-    qkv_btj = torch.randn(3, 4, (4 + 2 * 2) * 8)
+def test_rotation_in_place_leaves_the_values(back, in_turn, width):
+    tables = rotary_tables(torch.arange(4)[None], width, 10000.0)
+    qkv_btj = torch.randn(3, 4, (4 + 2 * 2) * width)
     expected, found = qkv_btj.clone(), qkv_btj.to(DEVICE)
-    rotate_in_place(expected, *tables, 4, 8, back)
-    kernels.rotate_in_place(found, *(table.to(DEVICE) for table in tables), 4, 8, back)
+    rotate_in_place(expected, *tables, 4, width, back, in_turn)
+    kernels.rotate_in_place(found, *(table.to(DEVICE) for table in tables), 4, width, back, in_turn)
     torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_halves_that_take_turns_are_rotated_as_halves_one_after_another():
+    tables = rotary_tables(torch.arange(4)[None], 8, 10000.0)
+    halves_btj = torch.randn(3, 4, 6 * 8)
+    in_turn_btj = halves_btj.view(3, 4, 6, 2, 4).transpose(3, 4).flatten(2)
+    rotate_in_place(halves_btj, *tables, 2, 8)
+    rotate_in_place(in_turn_btj, *tables, 2, 8, in_turn=True)
+    rotated = halves_btj.view(3, 4, 6, 2, 4)[:, :, :4], in_turn_btj.view(3, 4, 6, 4, 2)[:, :, :4].transpose(3, 4)
+    torch.testing.assert_close(*rotated)
 
 
 @pytest.mark.parametrize("width", [40, 64])

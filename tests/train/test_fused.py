@@ -113,6 +113,8 @@ def test_a_mask_is_refused_where_it_would_be_left_out():
     ids = torch.zeros(1, 8, dtype=torch.long)
     with pytest.raises(ValueError, match="no mask but the causal one"):
         model.model(ids, document_ids=ids)
+    with pytest.raises(ValueError, match="no positions but"):
+        model.model(ids, position_ids=torch.arange(8)[None])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def _rotate_kernel(
     q, k, v, q_out, k_out, v_out, cos, sin, table_rows, sign,
     q_stride, k_stride, v_stride, q_out_stride, k_out_stride, v_out_stride,
     heads: tl.constexpr, key_heads: tl.constexpr, half: tl.constexpr, tile: tl.constexpr, width: tl.constexpr,
+    in_turn: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * tile
@@ -98,10 +99,19 @@ def _rotate_kernel(
         source, target, head = v + row * v_stride, v_out + row * v_out_stride, first - heads - key_heads
     column = tl.arange(0, width)[None, :]
     inside = column < half
-    index = (head + tl.arange(0, tile)[:, None]) * (2 * half) + column
+    begin = (head + tl.arange(0, tile)[:, None]) * (2 * half)
+    table = (row % table_rows) * half + column
+    if in_turn:
+        both = tl.arange(0, 2 * width)[None, :]
+        pairs = tl.load(source + begin + both, mask=both < 2 * half).to(tl.float32)
+        left, right = tl.split(tl.reshape(pairs, (tile, width, 2)))
+        c, s = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside) * sign
+        pairs = tl.reshape(tl.join(left * c - right * s, right * c + left * s), (tile, 2 * width))
+        tl.store(target + begin + both, pairs, mask=both < 2 * half)
+        return
+    index = begin + column
     left, right = tl.load(source + index, mask=inside), tl.load(source + index + half, mask=inside)
     if first < heads + key_heads:
-        table = (row % table_rows) * half + column
         c, s = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside) * sign
         tl.store(target + index, left * c - right * s, mask=inside)
         tl.store(target + index + half, right * c + left * s, mask=inside)
@@ -110,10 +120,12 @@ def _rotate_kernel(
         tl.store(target + index + half, right, mask=inside)
 
 
-def _launch(sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, sign: float) -> None:
+def _launch(
+    sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, sign: float, in_turn: bool = False
+) -> None:
     """Rotate the first two of three (b, t, h, d) tensors, whose heads lie together, into ``targets``; copy the third.
 
-    In place the third stays as it is.
+    In place the third stays as it is; only there may the halves of a head take turns.
     """
     batch, tokens, heads, head_dim = sources[0].shape
     key_heads = sources[1].shape[2]
@@ -122,7 +134,7 @@ def _launch(sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, si
     _rotate_kernel[(batch * tokens, moved // tile)](
         *sources, *targets, cos_btd, sin_btd, cos_btd.shape[0] * cos_btd.shape[1], sign,
         *(part.flatten(0, 1).stride(0) for part in (*sources, *targets)),
-        heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2),
+        heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2), in_turn,
     )  # fmt: skip
 
 
@@ -152,10 +164,12 @@ def _empty_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> 
     return q.new_empty(*q.shape[:2], (q.shape[2] + 2 * k.shape[2]) * q.shape[3])
 
 
-def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
-    """Rotate queries and keys of ``qkv`` (b, t, j) where they lie, or with ``back`` their gradients the other way."""
+def rotate_in_place(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool, in_turn: bool
+) -> None:
+    """See :func:`mobillama.model.rotary.rotate_in_place`."""
     parts = split_heads(qkv, heads, head_dim)
-    _launch(parts, parts, cos, sin, -1.0 if back else 1.0)
+    _launch(parts, parts, cos, sin, -1.0 if back else 1.0, in_turn)
 
 
 @triton.jit

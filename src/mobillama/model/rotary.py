@@ -45,16 +45,31 @@ def rotated_heads(
 
 
 def rotate_in_place(
-    qkv_btj: Tensor, cos_btd: Tensor, sin_btd: Tensor, heads: int, head_dim: int, back: bool = False
+    qkv_btj: Tensor,
+    cos_btd: Tensor,
+    sin_btd: Tensor,
+    heads: int,
+    head_dim: int,
+    back: bool = False,
+    in_turn: bool = False,
 ) -> None:
-    """Rotate queries and keys where they lie in ``qkv``; with ``back``, their gradients by the opposite angles."""
+    """Rotate queries and keys where they lie in ``qkv``; with ``back``, their gradients by the opposite angles.
+
+    With ``in_turn`` the halves of a head take turns: it rotates the pairs (2 i, 2 i + 1).
+    """
     if qkv_btj.is_cuda:
         from mobillama.model import kernels
 
-        kernels.rotate_in_place(qkv_btj, cos_btd, sin_btd, heads, head_dim, back)
+        kernels.rotate_in_place(qkv_btj, cos_btd, sin_btd, heads, head_dim, back, in_turn)
         return
     for part_bthd in split_heads(qkv_btj, heads, head_dim)[:2]:
-        part_bthd.copy_(rotate(part_bthd, cos_btd, -sin_btd if back else sin_btd))
+        halves_bthd = (
+            part_bthd.reshape(*part_bthd.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2) if in_turn else part_bthd
+        )
+        rotated_bthd = rotate(halves_bthd, cos_btd, -sin_btd if back else sin_btd)
+        if in_turn:
+            rotated_bthd = rotated_bthd.view(*part_bthd.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
+        part_bthd.copy_(rotated_bthd)
 
 
 class _RotatedHeads(torch.autograd.Function):

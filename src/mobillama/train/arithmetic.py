@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobillama.model.linear import add_weight_gradient
-from mobillama.train.hopper import gated_product, gated_product_backward, product_plus
+from mobillama.train.hopper import Rotation, gated_product, gated_product_backward, product_plus, rotated_product
 
 Operand = tuple[Tensor, ...]
 
 
 class Bfloat16:
-    """Products in the type that the tensors have; gates and factors take turns in the rows of their joined weight."""
+    """Products in the type that the tensors have.
 
-    gates_take_turns = True
+    In the rows of joined weights, gates take turns with factors, and a rotated head's first half with its second.
+    """
+
+    in_turn = True
 
     def largest(self, x: Tensor, parts: Tensor | None = None) -> Tensor:
         """Return nothing: no scale is needed."""
@@ -28,9 +31,9 @@ class Bfloat16:
         """Return a weight as the products take it."""
         return (weight_oi,)
 
-    def product(self, x_ni: Tensor, largest: Tensor, weight: Operand) -> Tensor:
-        """Return ``x @ weight.T`` (n, o)."""
-        return x_ni @ weight[0].T
+    def rotated_product(self, x_ni: Tensor, largest: Tensor, weight: Operand, rotation: Rotation) -> Tensor:
+        """Return all heads' channels ``x @ weight.T`` (n, j), queries and keys rotated."""
+        return rotated_product(x_ni, weight[0], rotation)
 
     def product_plus(self, x_ni: Tensor, largest: Tensor, weight: Operand, residual_no: Tensor) -> Tensor:
         """Return ``x @ weight.T + residual`` (n, o)."""
@@ -68,7 +71,7 @@ class Float8:
     Only the forward product sums fast, as in torchao's recipe for a scale a tensor.
     """
 
-    gates_take_turns = False
+    in_turn = False
 
     def largest(self, x: Tensor, parts: Tensor | None = None) -> Tensor:
         """Return the largest magnitude (), from ``parts`` where they are known."""
@@ -82,6 +85,12 @@ class Float8:
         """Return ``x @ weight.T`` (n, o)."""
         rows_ni, _, inverse = quantise(x_ni, largest, torch.float8_e4m3fn, True, False)
         return _rows_by_rows(rows_ni, inverse, weight[0], weight[2], x_ni.dtype, fast=True)
+
+    def rotated_product(self, x_ni: Tensor, largest: Tensor, weight: Operand, rotation: Rotation) -> Tensor:
+        """Return all heads' channels ``x @ weight.T`` (n, j), queries and keys rotated."""
+        heads_nj = self.product(x_ni, largest, weight)
+        rotation.apply(heads_nj)
+        return heads_nj
 
     def product_plus(self, x_ni: Tensor, largest: Tensor, weight: Operand, residual_no: Tensor) -> Tensor:
         """Return ``x @ weight.T + residual`` (n, o)."""

@@ -24,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from mobillama.model.heads import split_heads
 from mobillama.model.linear import to_compute_type
 from mobillama.model.norm import normalise, normalise_backward
-from mobillama.model.rotary import rotate_in_place
 from mobillama.model.transformer import Decoder, FeedForward, Layer
 from mobillama.recipe import ModelConfig
 from mobillama.train.arithmetic import Arithmetic, Bfloat16, Float8, Operand
-from mobillama.train.hopper import attention, attention_backward
+from mobillama.train.hopper import Rotation, attention, attention_backward
 
 
 def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False) -> None:
@@ -40,7 +39,7 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
         recompute: keep a layer's input alone and compute the rest again for the backward pass.
 
     Raises:
-        ValueError: the model has QK-norm, or later, a pass with gradients brings a mask or a cache.
+        ValueError: the model has QK-norm, or later, a pass with gradients brings positions, a mask or a cache.
     """
     if decoder.shape.qk_norm:
         raise ValueError("fused layers know no QK-norm")
@@ -48,7 +47,14 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
     uses = Counter(decoder.layers[layer] for layer, _ in decoder.layer_weights)
     uses.update(decoder.ffns[ffn] for _, ffn in decoder.layer_weights)
     opened: dict[nn.Module, tuple[_Joined, ...]] = {}
-    decoder.register_forward_pre_hook(lambda *_: opened.clear())
+
+    def begin(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = positional[4] if len(positional) > 4 else named.get("position_ids")
+        if given is not None and torch.is_grad_enabled():
+            raise ValueError("fused layers know no positions but 0, 1, 2 …")
+        opened.clear()
+
+    decoder.register_forward_pre_hook(begin, with_kwargs=True)
     if not recompute:
         decoder.register_forward_hook(lambda *_: opened.clear())
 
@@ -75,18 +81,35 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
         layer.forward = functools.partial(forward, layer, layer.forward)  # type: ignore[method-assign]
 
 
+Places = Callable[[Tensor], Sequence[Tensor]]
+"""Views of a joined tensor (o, i), one for each weight, in which the weight's rows come in their own order: (…, i)."""
+
+
+def _one_after_another(*rows: int) -> Places:
+    return lambda joined_oi: torch.split(joined_oi, list(rows))
+
+
+def _row_by_row(count: int) -> Places:
+    return lambda joined_oi: joined_oi.view(-1, count, joined_oi.shape[1]).unbind(1)
+
+
+def _halves_by_row(rows: Sequence[int], head_dim: int) -> Places:
+    """Queries', keys' and values' rows; in a head of the first two, row k comes before row k + d/2, then k + 1."""
+
+    def places(joined_oi: Tensor) -> Sequence[Tensor]:
+        q_oi, k_oi, v_oi = torch.split(joined_oi, list(rows))
+        q_hdi, k_hdi = (part.view(-1, head_dim // 2, 2, part.shape[1]).transpose(1, 2) for part in (q_oi, k_oi))
+        return q_hdi, k_hdi, v_oi
+
+    return places
+
+
 class _Gradient:
     """The gradient of weights that were joined, (o, i), adding up in float32 over all uses."""
 
-    def __init__(self, rows: list[int], take_turns: bool) -> None:
+    def __init__(self, places: Places) -> None:
         self.total: Tensor | None = None
-        self._rows, self._take_turns = rows, take_turns
-
-    def parts(self, joined_oi: Tensor) -> Sequence[Tensor]:
-        """Return the weights' places in a joined tensor: one after another, or row by row in turn."""
-        if self._take_turns:
-            return joined_oi.view(-1, len(self._rows), joined_oi.shape[1]).unbind(1)
-        return torch.split(joined_oi, self._rows)
+        self.places = places
 
 
 class _Join(torch.autograd.Function):
@@ -97,14 +120,14 @@ class _Join(torch.autograd.Function):
         ctx.gradient = gradient
         ctx.set_materialize_grads(False)
         joined_oi = weights[0].new_empty((sum(map(len, weights)), weights[0].shape[1]), dtype=dtype)
-        for part, weight in zip(gradient.parts(joined_oi), weights, strict=True):
-            part.copy_(weight)
+        for place, weight in zip(gradient.places(joined_oi), weights, strict=True):
+            place.copy_(weight.view(place.shape))
         return joined_oi
 
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
         total, ctx.gradient.total = ctx.gradient.total, None
-        return (None, None, *ctx.gradient.parts(total))
+        return None, None, *(place.reshape(-1, total.shape[1]) for place in ctx.gradient.places(total))
 
 
 class _Joined(NamedTuple):
@@ -118,8 +141,8 @@ class _Joined(NamedTuple):
     gradient: _Gradient
 
 
-def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, take_turns: bool = False) -> _Joined:
-    gradient = _Gradient([len(weight) for weight in weights], take_turns)
+def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, places: Places | None = None) -> _Joined:
+    gradient = _Gradient(places or _one_after_another(*map(len, weights)))
     function: Any = _Join
     value_oi = function.apply(gradient, dtype, *weights)
     return _Joined(value_oi, arithmetic.operand(value_oi.detach()), gradient)
@@ -132,8 +155,7 @@ class _Facts:
     arithmetic: Arithmetic
     gradients: tuple[_Gradient, ...]
     operands: tuple[Operand, ...]
-    heads: int
-    head_dim: int
+    rotation: Rotation
     eps: float
 
 
@@ -150,19 +172,22 @@ def _step(
     join = functools.partial(_join, arithmetic, x_btc.dtype)
 
     def join_attention() -> tuple[_Joined, ...]:
-        return join(own.q_proj.weight, own.k_proj.weight, own.v_proj.weight), join(own.o_proj.weight)
+        qkv = own.q_proj.weight, own.k_proj.weight, own.v_proj.weight
+        in_turn = _halves_by_row([len(weight) for weight in qkv], own.head_dim) if arithmetic.in_turn else None
+        return join(*qkv, places=in_turn), join(own.o_proj.weight)
 
     def join_ffn() -> tuple[_Joined, ...]:
-        gates = join(ffn.gate_proj.weight, ffn.up_proj.weight, take_turns=arithmetic.gates_take_turns)
+        gates = join(ffn.gate_proj.weight, ffn.up_proj.weight, places=_row_by_row(2) if arithmetic.in_turn else None)
         return gates, join(ffn.down_proj.weight)
 
     joined = (*open_weights(layer, join_attention), *open_weights(ffn, join_ffn))
     values, operands, gradients = zip(*joined, strict=True)
     norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
     heads = own.q_proj.out_features // own.head_dim
-    facts = _Facts(arithmetic, gradients, operands, heads, own.head_dim, config.rms_norm_eps)
+    rotation = Rotation(*rotary, heads, own.head_dim, config.rope_theta, arithmetic.in_turn)
+    facts = _Facts(arithmetic, gradients, operands, rotation, config.rms_norm_eps)
     function: Any = _FusedLayer
-    return function.apply(facts, x_btc, *rotary, *norms, *values)
+    return function.apply(facts, x_btc, *norms, *values)
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -176,20 +201,17 @@ class _FusedLayer(torch.autograd.Function):
         ctx: Any,
         facts: _Facts,
         x_btc: Tensor,
-        cos_btd: Tensor,
-        sin_btd: Tensor,
         norm1_c: Tensor,
         norm2_c: Tensor,
         *_: Tensor,
     ) -> Tensor:
-        multiply, (qkv, o, gate_up, down) = facts.arithmetic, facts.operands
+        multiply, (qkv, o, gate_up, down), rotation = facts.arithmetic, facts.operands, facts.rotation
         x_nc = x_btc.flatten(0, 1)
         y_nc, factor1_n, parts = normalise(x_nc, norm1_c, facts.eps)
         most1 = multiply.largest(y_nc, parts)
-        heads_btj = multiply.product(y_nc, most1, qkv).view(*x_btc.shape[:2], -1)
+        heads_btj = multiply.rotated_product(y_nc, most1, qkv, rotation).view(*x_btc.shape[:2], -1)
         del y_nc
-        rotate_in_place(heads_btj, cos_btd, sin_btd, facts.heads, facts.head_dim)
-        seen_bthd, rest = attention(*split_heads(heads_btj, facts.heads, facts.head_dim))
+        seen_bthd, rest = attention(*split_heads(heads_btj, rotation.heads, rotation.head_dim))
         seen_nc = seen_bthd.flatten(0, 1).flatten(1)
         most_seen = multiply.largest(seen_nc)
         middle_nc = multiply.product_plus(seen_nc, most_seen, o, x_nc)
@@ -202,7 +224,7 @@ class _FusedLayer(torch.autograd.Function):
         ctx.operands = [len(operand) for operand in facts.operands]
         ctx.save_for_backward(
             x_nc, factor1_n, most1, heads_btj, seen_bthd, most_seen, middle_nc, factor2_n, most2, gate_up_nj, most_gated,
-            cos_btd, sin_btd, norm1_c, norm2_c, *chain(*facts.operands), *rest,
+            norm1_c, norm2_c, *chain(*facts.operands), *rest,
         )  # fmt: skip
         return torch.ops.aten._unsafe_view(out_nc, x_btc.shape)  # no view: FSDP warns of modules that return one
 
@@ -210,10 +232,11 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_btc: Tensor) -> tuple[Tensor | None, ...]:
         (
             x_nc, factor1_n, most1, heads_btj, seen_bthd, most_seen, middle_nc, factor2_n, most2, gate_up_nj, most_gated,
-            cos_btd, sin_btd, norm1_c, norm2_c, *others,
+            norm1_c, norm2_c, *others,
         ) = ctx.saved_tensors  # fmt: skip
         facts: _Facts = ctx.facts
         multiply, (of_qkv, of_o, of_gate_up, of_down) = facts.arithmetic, facts.gradients
+        rotation, widths = facts.rotation, (facts.rotation.heads, facts.rotation.head_dim)
         tensors = iter(others)
         qkv, o, gate_up, down = (tuple(islice(tensors, count)) for count in ctx.operands)
         rest = tuple(tensors)
@@ -236,15 +259,16 @@ class _FusedLayer(torch.autograd.Function):
         grad_btj = torch.empty_like(heads_btj)
         attention_backward(
             multiply.input_gradient(grad, o).view_as(seen_bthd),
-            split_heads(heads_btj, facts.heads, facts.head_dim),
+            split_heads(heads_btj, *widths),
             seen_bthd,
             rest,
-            split_heads(grad_btj, facts.heads, facts.head_dim),
+            split_heads(grad_btj, *widths),
         )
-        rotate_in_place(grad_btj, cos_btd, sin_btd, facts.heads, facts.head_dim, back=True)
-        grad = multiply.gradient(grad_btj.flatten(0, 1))
+        grad_nj = grad_btj.flatten(0, 1)
+        rotation.apply(grad_nj, back=True)
+        grad = multiply.gradient(grad_nj)
         grad_nc, y_nc, grad_norm1_c, _ = normalise_backward(
             x_nc, factor1_n, norm1_c, multiply.input_gradient(grad, qkv), grad_nc
         )
         of_qkv.total = multiply.weight_gradient(of_qkv.total, grad, y_nc, most1)
-        return (None, grad_nc.view_as(grad_btc), None, None, grad_norm1_c, grad_norm2_c, None, None, None, None)
+        return None, grad_nc.view_as(grad_btc), grad_norm1_c, grad_norm2_c, None, None, None, None

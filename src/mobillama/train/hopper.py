@@ -7,6 +7,7 @@ kernels compute and with which :mod:`mobillama.train.fused` is tested.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobillama.errors import UsageError
+from mobillama.model.rotary import rotate_in_place
 from mobillama.recipe import ModelConfig
 
 
@@ -55,14 +57,15 @@ def check_shapes(precision: str, config: ModelConfig, context: int, float8: bool
 
 
 @functools.cache
-def _libraries() -> tuple[Any, Any, Any]:
+def _libraries() -> tuple[Any, Any, Any, Any]:
     try:
         from flash_attn.cute import interface
         from quack import gemm_interface
+        from quack.epilogue import rotary
         from quack.gemm_config import GemmConfig
     except ImportError as error:
         raise UsageError(f"train.fused: {error}; pip install 'mobillama[hopper]'") from None
-    return gemm_interface, GemmConfig, interface
+    return gemm_interface, GemmConfig, interface, rotary
 
 
 @functools.cache
@@ -77,6 +80,48 @@ def _tiles(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int] = (
         is_dynamic_persistent=False,
         device_capacity=9,
     )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys are turned, which one product gives (b, t, j) before the values."""
+
+    cos_btd: Tensor
+    sin_btd: Tensor
+    heads: int
+    head_dim: int
+    theta: float
+    in_turn: bool
+    """Whether the halves of a head take turns."""
+
+    def apply(self, heads_nj: Tensor, back: bool = False) -> None:
+        """Rotate where they lie, or with ``back``, the gradients the other way."""
+        heads_btj = heads_nj.view(-1, self.cos_btd.shape[1], heads_nj.shape[1])
+        rotate_in_place(heads_btj, self.cos_btd, self.sin_btd, self.heads, self.head_dim, back, self.in_turn)
+
+
+def rotated_product(x_ni: Tensor, weight_ji: Tensor, rotation: Rotation) -> Tensor:
+    """Return all heads' channels ``x @ weight.T`` (n, j), rotated by positions 0, 1, 2 … of each sequence."""
+    if x_ni.is_cuda:
+        sizes = len(x_ni), rotation.cos_btd.shape[1], len(weight_ji), rotation.heads
+        positions_n, frequencies_j = _angles(*sizes, rotation.head_dim, rotation.theta, x_ni.device)
+        epilogue, config = _libraries()[3].rope_posfreq_epi, _tiles(192, 128, True)
+        return epilogue(x_ni, weight_ji.T, pos=positions_n, freq=frequencies_j, config=config)["D"]
+    heads_nj = x_ni @ weight_ji.T
+    rotation.apply(heads_nj)
+    return heads_nj
+
+
+@functools.lru_cache(maxsize=4)
+def _angles(
+    rows: int, tokens: int, columns: int, heads: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return each row's position, and what each column turns by a position, as quack's epilogue takes it."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    values = (columns // head_dim - heads) // 2 * head_dim
+    positions_t = torch.arange(tokens, dtype=torch.float32, device=device)
+    frequencies_j = _libraries()[3].make_interleaved_inv_freq(1.0 / theta**exponents, columns - values, values)
+    return positions_t.repeat(rows // tokens), frequencies_j.float()
 
 
 def gated_product(x_ni: Tensor, weight_ji: Tensor) -> tuple[Tensor, Tensor]:

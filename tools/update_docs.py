@@ -306,28 +306,34 @@ SMOLLM2_CARD = {"HellaSwag": 40.9, "PIQA": 66.3}
 
 
 def evaluation_scores() -> str:
-    """Return the scores of a real model in suite paper, and in quick where that is of the same files, beside its authors'."""
-    whole, part = load("evaluation-paper"), load("evaluation-quick")
-    quick = part if part["key"]["model"] == whole["key"]["model"] else None
-    columns = ["`paper`", "questions", "published", *(["`quick`", "questions"] if quick else []), "chance"]
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, facts in whole["benchmarks"].items():
-        cells = [f"{facts['score']:.2f} ± {facts['stderr']:.2f}", f"{facts['questions']:,}", SMOLLM2_CARD.get(name, "")]
-        if quick:
-            few = quick["benchmarks"][name]
-            cells += [f"{few['score']:.2f} ± {few['stderr']:.2f}", few["questions"]]
-        cells.append("" if facts["chance"] is None else f"{facts['chance']:.3g}")
+    """Return the scores of a real model in three suites, beside its authors'."""
+    suites = {name: load(f"evaluation-{name}") for name in ("paper", "today", "quick")}
+    if len({result["key"]["model"] for result in suites.values()}) > 1:
+        raise SystemExit("benchmarks/results/evaluation-*.json: are of different models; evaluate one in all suites")
+    columns = [f"`{name}`" for name in suites]
+    lines = [
+        f"| | questions | {' | '.join(columns)} | questions of `quick` | published | chance |",
+        "|---|" + "---:|" * 7,
+    ]
+    for name, facts in suites["paper"]["benchmarks"].items():
+        found = [result["benchmarks"][name] for result in suites.values()]
+        cells = [
+            f"{facts['questions']:,}",
+            *(f"{score['score']:.2f} ± {score['stderr']:.2f}" for score in found),
+            found[-1]["questions"],
+            SMOLLM2_CARD.get(name, ""),
+            "" if facts["chance"] is None else f"{facts['chance']:.3g}",
+        ]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    averages = [f"{whole['average']:.2f}", "", "", *([f"{quick['average']:.2f}", ""] if quick else []), ""]
+    averages = [f"{result['average']:.2f}" for result in suites.values()]
     lines += [
-        f"| average | {' | '.join(averages)} |",
+        f"| average | | {' | '.join(averages)} | | | |",
         "",
         *(
-            f"`mobillama evaluate {result['model']['name']} --suite {result['key']['suite']}`: "
+            f"`mobillama evaluate {result['model']['name']} --suite {name}`: "
             f"{result['tokens_forwarded']:,} tokens in {result['model_seconds']:.0f} s of model time, {result['precision']}, "
             f"{result['device']}; {_measured(result['environment'], 'torch')}.  "
-            for result in (whole, quick)
-            if result
+            for name, result in suites.items()
         ),
     ]
     return "\n".join(lines)
@@ -457,7 +463,8 @@ def inference() -> str:
     sizes: dict[str, Callable[[dict[str, Any]], Any]] = {  # in bytes; the last two are not in records of before
         "peak RSS MiB": lambda row: row["memory_bytes"]["peak_rss"],
         "USS MiB": lambda row: row["memory_bytes"]["uss"],
-        "load adds MiB": lambda row: row["memory_bytes"]["loaded"] - row["memory_bytes"]["before_load"],
+        "load adds MiB": lambda row: row["memory_bytes"]["opened"] - row["memory_bytes"]["before_load"],
+        "and a prompt MiB": lambda row: row["memory_bytes"]["prompted"] - row["memory_bytes"]["before_load"],
         "generate MiB": lambda row: row["generate"] and row["generate"]["peak_rss"],
     }
     sizes = {
@@ -553,6 +560,26 @@ def executorch() -> str:
             f"{result['executorch']}, torch {result['torch']}; {_measured(result['environment'])}.",
         ]
     )
+
+
+def exports() -> str:
+    """Return what the check of every export said, and what the engines answered."""
+    result = load("exports")
+    lines = [
+        f"| {result['model']} · export | MB | KL to the model, nats/token | same likeliest token "
+        "| KL to torch on the same numbers | same likeliest token |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in result["rows"]:
+        cells = []
+        for its in (row["parity"], row.get("parity_on_the_same_numbers")):
+            cells += [f"{its['kl_nats_per_token']:.1e}", f"{its['top1_agreement']:.2%}"] if its else ["", ""]
+        lines.append(f"| `{row['form']}` | {row['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
+    lines += ["", f"*{result['question']}* The likeliest tokens:", "", "| export | engine | answer |", "|---|---|---|"]
+    for row in result["rows"]:
+        lines += [f"| `{row['form']}` | {engine} | {answer} |" for engine, answer in row["answers"].items()]
+    measured = _measured(result["environment"], "torch", "onnxruntime")
+    return "\n".join([*lines, "", f"`python benchmarks/exports.py {result['model']}`; {measured}."])
 
 
 def fuzz() -> str:
@@ -772,6 +799,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "evaluation-scores": (ROOT / "docs" / "evaluation.md", evaluation_scores),
     "gguf-parity": (ROOT / "docs" / "on-device.md", gguf_parity),
     "quantize": (ROOT / "docs" / "on-device.md", quantize),
+    "exports": (ROOT / "docs" / "on-device.md", exports),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
     "native-kernels": (ROOT / "docs" / "on-device.md", native_kernels),
     "native-lookup": (ROOT / "docs" / "on-device.md", native_lookup),

@@ -62,7 +62,7 @@ def test_turns_give_speed_memory_and_latency_of_each(models):
         assert 0 < row["load_seconds"] < row["first_token_seconds"]["best"] and row["forward_seconds"] > 0
         memory = row["memory_bytes"]
         assert memory["peak_rss"] >= memory["rss"] > 10 << 20
-        assert memory["peak_rss"] >= memory["loaded"] > memory["before_load"] > 10 << 20
+        assert memory["peak_rss"] >= memory["prompted"] > memory["before_load"] > 10 << 20
         assert row["generate"]["context"] == 128 and row["generate"]["peak_rss"] > 20 << 20
         assert row["bytes_per_second"] == pytest.approx(row["read_bytes_per_token"] * speed["median"])
         assert row["memory_bytes_per_second"] > 1e8
@@ -133,6 +133,7 @@ def test_the_verb_prints_records_and_draws(models, tmp_path):
         "decode 128",
         "random weights",
         "load adds MiB",
+        "and a prompt MiB",
         "generate MiB",
         "The paper's Table 6",
         "63.38",

@@ -216,7 +216,7 @@ def _measure_at(
             _require_room(contender, worker.facts["context"])
         time.sleep(_SETTLING_SECONDS)
         for worker in workers:
-            worker.facts["rss_loaded"] = worker.ask("memory")["rss"]
+            worker.facts["rss_prompted"] = worker.ask("memory")["rss"]
         taken: list[dict[str, list[Any]]] = [{} for _ in entrants]
         limits: list[float] = []
         for turn in range(settings.rounds):
@@ -293,7 +293,8 @@ def _row(
         "forward_seconds": statistics.median(taken["step"]),
         "memory_bytes": {
             "before_load": facts["rss_before_load"],
-            "loaded": facts["rss_loaded"],
+            "opened": facts["rss_opened"],
+            "prompted": facts["rss_prompted"],
             **worker.ask("memory"),
         },
         "generate": _generate(contender, threads, settings, facts["context"]),

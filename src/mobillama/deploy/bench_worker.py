@@ -177,6 +177,7 @@ def main() -> None:
         step, forget, facts = open_llama_cpp(path, threads, context)
     else:
         step, forget, facts = open_ours(engine, path, threads, device, context)
+    facts["rss_opened"] = _status("VmRSS")
     ids = np.random.default_rng(0).integers(3, facts["vocabulary"], facts["context"]).tolist()
     started = time.perf_counter()
     token = step(ids[:_FIRST_PROMPT])

@@ -133,12 +133,12 @@ def show_inference(result: dict[str, Any]) -> None:
         f"between the turns ({said}); a network that stays in the processor's cache may exceed it."
     )
     names = ["model", "engine", "threads"]
-    columns = ["file MB", "load adds MiB", "peak RSS MiB", "generate MiB", "USS MiB", "GPU MiB"]
+    columns = ["file MB", "load adds MiB", "and a prompt MiB", "peak RSS MiB", "generate MiB", "USS MiB", "GPU MiB"]
     table("Size and memory", [*names, *columns], [_memory_row(row) for row in rows])
     contexts = sorted({row["generate"]["context"] for row in rows if row["generate"]})
     note(
-        "load adds: resident memory once the model is loaded and that prompt taken in, less that of the process with its "
-        "libraries. peak RSS: of the measuring process. generate: the peak of 'mobillama generate' as a process of its own, "
+        "load adds: resident memory once the model is open, less that of the process with its libraries; of a file that is "
+        "mapped, little is there yet. and a prompt: once a prompt of 64 is taken in. peak RSS: of the measuring process. generate: the peak of 'mobillama generate' as a process of its own, "
         f"over {', '.join(f'{its:,}' for its in contexts)} tokens of prompt and answer."
     )
     columns = ["first token s", "load ms", "init ms", "forward ms", "J / 1,000 tokens"]
@@ -159,7 +159,7 @@ def _memory_row(row: dict[str, Any]) -> list[str]:
         row["engine"],
         str(row["threads"]),
         f"{row['file_bytes'] / 1e6:.1f}",
-        _mebibytes(memory["loaded"] and memory["loaded"] - memory["before_load"]),
+        *(_mebibytes(memory[name] and memory[name] - memory["before_load"]) for name in ("opened", "prompted")),
         _mebibytes(memory["peak_rss"]),
         _mebibytes(generated and generated["peak_rss"]),
         *(_mebibytes(memory[name]) for name in ("uss", "gpu")),

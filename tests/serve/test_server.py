@@ -122,7 +122,7 @@ def test_log_probabilities_are_those_of_the_model(client, chat_model):
     assert bytes(answer[0].bytes) == tokenizer.token_bytes[drawn[0]]
     assert [entry.logprob for entry in answer[0].top_logprobs] == pytest.approx(sorted(values)[:-4:-1], abs=1e-3)
     streamed = [chunk.choices[0] for chunk in chat(client, logprobs=True, max_tokens=5, stream=True)]
-    told = [choice.logprobs.content[0].logprob for choice in streamed if choice.logprobs]
+    told = [entry.logprob for choice in streamed if choice.logprobs for entry in choice.logprobs.content]
     assert told == pytest.approx([entry.logprob for entry in answer], abs=1e-3)
     old = client.completions.create(model="tiny", prompt="A ship", max_tokens=3, logprobs=2).choices[0].logprobs
     assert len(old.tokens) == len(old.token_logprobs) == 3 and len(old.top_logprobs[0]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,26 +86,28 @@ _FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 
 async def _chat(request: Request) -> Response:
     served, _ = _state(request).ready()
-    asked = protocol.parse_chat(await _body(request), served.name)
 
-    def encode() -> list[int]:
-        return served.turns.encode(asked.messages, add_generation_prompt=True).ids
+    def understand(body: bytes) -> tuple[Options, list[int]]:
+        asked = protocol.parse_chat(protocol.read_body(body), served.name)
+        ids = checked(lambda: served.turns.encode(asked.messages, add_generation_prompt=True).ids, "messages")
+        return asked.options, ids
 
-    ids = await asyncio.to_thread(checked, encode, "messages")
-    return await _answer(request, [ids], asked.options, served.turns.stop_ids, is_chat=True)
+    options, ids = await asyncio.to_thread(understand, await _body(request))
+    return await _answer(request, [ids], options, served.turns.stop_ids, is_chat=True)
 
 
 async def _complete(request: Request) -> Response:
     served, _ = _state(request).ready()
-    asked = protocol.parse_completion(await _body(request), served.name)
-    prompts: list[list[int]] = await asyncio.to_thread(
-        lambda: [
-            served.tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt for prompt in asked.prompts
-        ]
-    )
-    if not all(0 <= token < served.engine.vocab_size for prompt in prompts for token in prompt):
-        raise RequestError(f"prompt: the model knows the ids 0…{served.engine.vocab_size - 1}", "prompt")
-    return await _answer(request, prompts, asked.options, frozenset({served.tokenizer.eos_id}), is_chat=False)
+
+    def understand(body: bytes) -> tuple[Options, list[list[int]]]:
+        asked = protocol.parse_completion(protocol.read_body(body), served.name)
+        prompts = [its if isinstance(its, list) else served.tokenizer.encode([its])[0] for its in asked.prompts]
+        if not all(0 <= token < served.engine.vocab_size for prompt in prompts for token in prompt):
+            raise RequestError(f"prompt: the model knows the ids 0…{served.engine.vocab_size - 1}", "prompt")
+        return asked.options, prompts
+
+    options, prompts = await asyncio.to_thread(understand, await _body(request))
+    return await _answer(request, prompts, options, frozenset({served.tokenizer.eos_id}), is_chat=False)
 
 
 async def _answer(
@@ -151,41 +154,43 @@ class Exchange:
     """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[scheduling.Request]) -> None:
-        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Finish]]()
         self._scheduler, self._open = scheduler, set(range(len(requests)))
-
-        def emit_to(index: int) -> Callable[[Piece | Finish], None]:
-            def emit(event: Piece | Finish) -> None:
-                loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
-
-            return emit
+        self._come: list[tuple[int, list[Piece | Finish]]] = []
+        self._has_come = asyncio.Event()
 
         try:
-            self._tickets = scheduler.submit([(its, emit_to(index)) for index, its in enumerate(requests)])
+            self._tickets = scheduler.submit([(its, partial(self._take, index)) for index, its in enumerate(requests)])
         except Busy as error:
             raise RequestError(
                 str(error), status=429, code="queue_full", kind="rate_limit_error", headers={"Retry-After": "1"}
             ) from None
 
-    async def next(self) -> list[tuple[int, Piece | Finish]]:
-        """Return what has come since, at least one event; nothing once all answers ended.
+    def _take(self, index: int, events: list[Piece | Finish]) -> None:
+        self._come.append((index, events))
+        self._has_come.set()
+
+    async def next(self) -> list[tuple[int, list[Piece | Finish]]]:
+        """Return what has come since of each answer; at least one of them is open.
 
         Raises:
             RequestError: the engine failed, or the server stops.
         """
-        if not self._open:
-            return []
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        for index, event in events:
-            if isinstance(event, Finish):
+        await self._has_come.wait()
+        self._has_come.clear()
+        come, self._come = self._come, []
+        for index, events in come:
+            if isinstance(end := events[-1], Finish):
                 self._open.discard(index)
-                if event.reason == scheduling.FAILED:
+                if end.reason == scheduling.FAILED:
                     raise RequestError("the engine failed", status=500, kind="server_error")
-                if event.reason == scheduling.CANCELLED:
+                if end.reason == scheduling.CANCELLED:
                     raise RequestError("the server stops", status=503, kind="server_error")
-        return events
+        return come
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer has not ended."""
+        return bool(self._open)
 
     def close(self) -> None:
         """End what has not ended."""
@@ -196,9 +201,9 @@ class Exchange:
 
 async def _whole(request: Request, exchange: Exchange, made: Answers) -> Response:
     async def collect() -> None:
-        while events := await exchange.next():
-            for index, event in events:
-                made.take(index, event)
+        while exchange.is_open:
+            for index, events in await exchange.next():
+                made.take(index, events)
 
     collecting = asyncio.create_task(collect())
     leaving = asyncio.create_task(_disconnect(request))
@@ -220,25 +225,25 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _events(exchange: Exchange, made: Answers, include_usage: bool) -> AsyncIterator[bytes]:
-    yield b"".join(made.opening())
+    text = made.opening()  # goes with the first token
     try:
-        while True:
+        while exchange.is_open:
             try:
                 async with asyncio.timeout(PING_SECONDS):
-                    events = await exchange.next()
+                    come = await exchange.next()
             except TimeoutError:
                 yield answers.PING
                 continue
-            if not events:
-                break
-            for index, event in events:
-                made.take(index, event)
-            if text := b"".join(made.event(index, event) for index, event in events):
+            for index, events in come:
+                made.take(index, events)
+                text += made.event(index, events)
+            if text and exchange.is_open:
                 yield text
+                text = b""
     except RequestError as error:
-        yield answers.error_event(error.body())
+        yield text + answers.error_event(error.body())
         return
-    yield (made.usage_event() if include_usage else b"") + answers.DONE
+    yield text + (made.usage_event() if include_usage else b"") + answers.DONE
 
 
 class _EventStream(StreamingResponse):
@@ -261,7 +266,7 @@ class _EventStream(StreamingResponse):
             self._exchange.close()
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which pages of other sites cannot send without asking first
         raise RequestError("Content-Type: is not application/json", status=415)
@@ -281,7 +286,7 @@ async def _body(request: Request) -> dict[str, Any]:
         raise RequestError(f"the body did not come within {BODY_SECONDS:.0f} s", status=408) from None
     if size > MOST_BODY:
         raise RequestError(f"the body is larger than {MOST_BODY:,} bytes", status=413)
-    return await asyncio.to_thread(protocol.read_body, b"".join(parts))
+    return b"".join(parts)
 
 
 async def _health(request: Request) -> Response:

@@ -72,7 +72,8 @@ def serve(
     async def open_model() -> None:
         try:
             served = await asyncio.to_thread(load)
-            state.scheduler = Scheduler(served.engine, served.tokenizer, queue, state.metrics)
+            post = asyncio.get_running_loop().call_soon_threadsafe
+            state.scheduler = Scheduler(served.engine, served.tokenizer, queue, state.metrics, post)
             state.scheduler.start()
             state.served = served
             at_once = f"{served.engine.slots} requests at once" if served.engine.slots > 1 else "one request at a time"

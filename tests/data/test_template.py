@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,8 @@ TRIMMED = (
     "  {%- else %}\n    {%- generation %}{{- ' ' ~ message['content'].strip() ~ eos_token }}{% endgeneration %}\n"
     "  {%- endif %}\n{%- endfor %}"
 )
+SMOLLM2 = CHATML.replace("You help", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+TALKS = Path(__file__).parents[2] / "recipes" / "chat" / "local.jsonl"
 TALK = [
     {"role": "user", "content": "Hello there  "},
     {"role": "assistant", "content": "\nHi!\n"},
@@ -74,6 +78,17 @@ def test_ids_are_those_of_transformers(source, kind, byte_level, tokenizer_path,
             expected = theirs.apply_chat_template(talk, add_generation_prompt=ask, return_dict=False)
             assert ours.encode(talk, ask).ids == expected
             assert ours.render(talk, ask) == theirs.apply_chat_template(talk, add_generation_prompt=ask, tokenize=False)
+
+
+def test_ids_of_conversations_in_smollm2s_template_are_those_of_transformers(byte_level, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = with_template(byte_level, SMOLLM2, tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate.of(tokenizer)
+    talks = [json.loads(line)["messages"] for line in TALKS.read_text().splitlines()]
+    talks += [[*one, *other] for one, other in itertools.pairwise(talks)]
+    expected = theirs.apply_chat_template(talks, return_dict=False)
+    assert len(talks) > 400 and [ours.encode(talk).ids for talk in talks] == expected
 
 
 def test_a_message_cannot_forge_special_tokens(byte_level):

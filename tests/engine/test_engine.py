@@ -9,7 +9,7 @@ import torch
 from conftest import VOCAB
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.deploy.gguf import export_gguf
-from mobillama.directory import load_model, save_model
+from mobillama.directory import load_model, read_config, save_model
 from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.sampling import Sampling, sample
 from mobillama.engine.stream import Session, stream_tokens, text_of
@@ -206,6 +206,8 @@ def test_impossible_sampling_and_directories_are_named(directory, tmp_path):
             Sampling(**options)
     with pytest.raises(UsageError, match="no model directory"):
         load_engine(tmp_path)
+    with pytest.raises(UsageError, match="none: no such directory"):
+        read_config(tmp_path / "none")
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(CorruptDataError, match=r"model\.safetensors: damaged or truncated"):

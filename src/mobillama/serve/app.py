@@ -169,6 +169,15 @@ class Exchange:
         self._come.append((index, events))
         self._has_come.set()
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether nothing has come since :meth:`next` returned last."""
+        return not self._has_come.is_set()
+
+    def wake(self) -> None:
+        """Let :meth:`next` return, with nothing if nothing has come."""
+        self._has_come.set()
+
     async def next(self) -> list[tuple[int, list[Piece | Finish]]]:
         """Return what has come since of each answer; at least one of them is open.
 
@@ -228,16 +237,13 @@ async def _events(exchange: Exchange, made: Answers, include_usage: bool) -> Asy
     text = made.opening()  # goes with the first token
     try:
         while exchange.is_open:
-            try:
-                async with asyncio.timeout(PING_SECONDS):
-                    come = await exchange.next()
-            except TimeoutError:
-                yield answers.PING
-                continue
+            come = await exchange.next()
             for index, events in come:
                 made.take(index, events)
                 text += made.event(index, events)
-            if text and exchange.is_open:
+            if not come:
+                yield answers.PING
+            elif text and exchange.is_open:
                 yield text
                 text = b""
     except RequestError as error:
@@ -254,16 +260,23 @@ class _EventStream(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Any) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
+            async with asyncio.timeout(SEND_SECONDS) as limit:
+                ticking = asyncio.create_task(self._tick(limit))
+                await super().__call__(scope, receive, send)
         except TimeoutError:  # a client that stopped reading: uvicorn closes what was not finished
             pass
         finally:
+            ticking.cancel()
             self._exchange.close()
+
+    async def _tick(self, limit: asyncio.Timeout) -> None:
+        """Now and then send a ping, and give the client time anew if it read; a timer for each event would cost more."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if self._exchange.is_taken:
+                limit.reschedule(asyncio.get_running_loop().time() + SEND_SECONDS)
+            self._exchange.wake()
 
 
 async def _body(request: Request) -> bytes:

@@ -21,6 +21,7 @@ from mobillama.serve.served import Served
 
 MOST_CONNECTIONS = 1024
 MOST_HEAD = 16 << 10  # bytes of a request's head
+_BACKLOG = 256
 DRAIN_SECONDS = 10  # for answers under way when the server is told to stop
 
 
@@ -123,6 +124,7 @@ def _bound(listen: Listen) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((listen.host, listen.port))
+        made.listen(_BACKLOG)  # whoever reads the address may connect at once
     except (OSError, OverflowError) as error:
         made.close()
         reason = error.strerror if isinstance(error, OSError) else error

@@ -115,6 +115,17 @@ def test_spans_are_what_the_assistant_says_with_its_end_mark(byte_level, tokeniz
         assert encoded.ids[:start] == prompt  # an answer begins where the prompt ends
 
 
+def test_a_long_conversation_is_rendered_few_times(byte_level, monkeypatch):
+    template, renderings = ChatTemplate(CHATML, byte_level, "it"), []
+    render = template._worker.render
+    monkeypatch.setattr(template._worker, "render", lambda variables: renderings.append(1) or render(variables))
+    talk = [{"role": role, "content": "x"} for _ in range(400) for role in ("user", "assistant")]
+    encoded = template.encode(talk)
+    assert len(renderings) < 5
+    assert all(encoded.ids[end - 1] in template.stop_ids for _, end in encoded.spans)
+    assert template._cached_skeleton.cache_info().currsize < 5  # long shapes are not kept
+
+
 def test_stop_ids_hold_the_mark_that_closes_an_answer(byte_level, tmp_path):
     assert ChatTemplate(CHATML, byte_level, "it").stop_ids == {byte_level.added_tokens["<|im_end|>"]}
     save_tokenizer(byte_level, tmp_path)

@@ -156,10 +156,12 @@ def test_heads_and_bodies_have_most_bytes(monkeypatch):
     ready(monkeypatch)
     with guarded() as port:
         assert raw(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 40_000).startswith(b"HTTP/1.1 400")
-        stated = raw(port, HEAD + b"Content-Length: 10000000\r\n\r\n")  # refused before a byte of it came
+        stated = raw(port, HEAD + b"Content-Length: 100000000\r\n\r\n")  # refused before a byte of it came
         assert stated.startswith(b"HTTP/1.1 413")
+        pasted = ask(port, "/v1/chat/completions", "POST", b" " * 10_000_000, Content_Type="application/json")
+        assert pasted[0] == 413 and b"larger than 1,048,576 bytes" in pasted[2]
         chunk = b"20000\r\n" + b" " * 0x20000 + b"\r\n"
-        unstated = raw(port, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 12)
+        unstated = raw(port, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 140)
         assert unstated.startswith(b"HTTP/1.1 413") or unstated == b""  # reset while it was still sending
         status, _, content = ask(port, "/v1/chat/completions", "POST", b"{}", Content_Type="text/plain")
         assert status == 415 and b"application/json" in content

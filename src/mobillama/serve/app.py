@@ -27,6 +27,7 @@ from mobillama.serve.served import Served
 
 PAGE = Path(__file__).with_name("page")
 MOST_BODY = 1 << 20
+MOST_READ = 16 << 20  # of a larger body, so that its sender sees the answer and not a connection that breaks
 BODY_SECONDS, SEND_SECONDS, PING_SECONDS = 20.0, 60.0, 10.0
 
 
@@ -288,12 +289,13 @@ async def _body(request: Request) -> bytes:
     parts: list[bytes] = []
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if size <= MOST_BODY:
+            if size <= MOST_READ:
                 size = 0
                 async for part in request.stream():
                     size += len(part)
-                    parts.append(part)
-                    if size > MOST_BODY:
+                    if size <= MOST_BODY:
+                        parts.append(part)
+                    if size > MOST_READ:
                         break
     except TimeoutError:
         raise RequestError(f"the body did not come within {BODY_SECONDS:.0f} s", status=408) from None

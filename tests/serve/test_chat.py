@@ -80,8 +80,8 @@ def test_with_a_template_turns_are_told_apart(tokenizer_path):
 
 
 def test_reset_forgets_and_long_histories_drop_whole_turns(tokenizer_path):
-    engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "/reset", "again"])
-    assert "hello" not in text_in(engine, tokenizer)
+    engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "/reset", "/stats", "again"])
+    assert "hello" not in text_in(engine, tokenizer) and "context     0 of 200 tokens" in shown
     for template in (None, DEFAULT):
         lines = [f"question number {n}" for n in range(9)]
         engine, tokenizer, shown = talk(tokenizer_path, lines, context_length=100, template=template, system="short")
@@ -93,7 +93,8 @@ def test_reset_forgets_and_long_histories_drop_whole_turns(tokenizer_path):
 def test_a_text_that_fits_no_context_is_refused_and_forgotten(tokenizer_path):
     engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "word " * 200, "again"], context_length=64)
     assert "56 fit a context of 64" in shown and shown.count("ok.") == 2
-    assert "again" in text_in(engine, tokenizer) and "word" not in text_in(engine, tokenizer)
+    held = text_in(engine, tokenizer)
+    assert "again" in held and "word" not in held and "hello there" in held  # what was said before stays
 
 
 def test_a_conversation_is_saved_and_goes_on(tokenizer_path, tmp_path):

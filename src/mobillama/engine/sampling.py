@@ -64,7 +64,8 @@ def sample(
     if sampling.temperature == 0:
         return int(logits_v.argmax())
     # Before the division, which a tiny temperature makes infinite.
-    weights = (logits_v - logits_v.max()) / np.float32(max(sampling.temperature, _LEAST))
+    weights = logits_v - logits_v.max()
+    weights /= np.float32(max(sampling.temperature, _LEAST))
     np.exp(weights, out=weights)
     ids = None  # all
     if 0 < sampling.top_k < len(weights):

@@ -121,8 +121,16 @@ class Conversation:
         """Write the conversation as JSON, the system's message included.
 
         Raises:
+            UsageError: nothing was said yet, or something else is there.
             OSError: it cannot be written.
         """
+        if not self.messages:
+            raise UsageError("nothing was said yet")
+        if path.exists():
+            try:
+                _saved_messages(path)
+            except MobiLlamaError:
+                raise UsageError(f"{path}: is there already and holds no conversation; take another name") from None
         write_json(path, {"messages": [*self._system, *self.messages]})
 
     def load(self, path: Path) -> None:
@@ -132,15 +140,7 @@ class Conversation:
             UsageError: the file holds none; what was there stays.
             CorruptDataError: it is no JSON.
         """
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file")
-        messages = read_json(path).get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UsageError(f"{path}: holds no list of messages")
-        try:
-            check_messages(messages)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
+        messages = _saved_messages(path)
         first = 1 if messages[0]["role"] == "system" else 0
         self._system, self.messages, self.last = messages[:first], messages[first:], Answer()
 
@@ -172,6 +172,19 @@ class Conversation:
                 )
             # A turn is what was asked and what was answered; the last message is the question at hand.
             messages = messages[next(n for n in range(1, len(messages)) if messages[n]["role"] == "user") :]
+
+
+def _saved_messages(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    messages = read_json(path).get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UsageError(f"{path}: holds no list of messages")
+    try:
+        check_messages(messages)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return messages
 
 
 def chat(

@@ -218,12 +218,17 @@ train: {{steps: 8, batch_size: 8, micro_batch_size: 4, checkpoint_every: 3, keep
 
 @pytest.fixture(scope="session")
 def chat_model(tokenizer_path, tmp_path_factory) -> Path:
-    """A model of random weights, large enough that its likeliest token stands out, with a chat template."""
+    """A model of random weights, large enough that its likeliest token stands out, with a chat template.
+
+    It never ends a greedy answer by itself.
+    """
     config = ModelConfig(VOCAB, 32, 48, 2, 2, max_position_embeddings=4096, initializer_range=0.4)
     model = MobiLlama(config)
     initialise(model, config, 5)
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.chat_template = DEFAULT
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_id] = 0
     directory = tmp_path_factory.mktemp("chat") / "tiny"
     save_model(directory, config, model.state_dict(), tokenizer)
     return directory

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +24,15 @@ def model(tokenizer_path, tmp_path):
     initialise(built, config, 0)
     save_model(tmp_path / "model", config, built.state_dict(), load_tokenizer(tokenizer_path))
     return tmp_path / "model"
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_failure():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mobillama", "sft", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def assert_one_line_error(done, code: int, *said: str) -> None:

@@ -763,14 +763,20 @@ def serving() -> str:
     def pair(values: dict[str, float], form: str) -> str:
         return " · ".join(form.format(value) for value in values.values())
 
+    def core_share(result: dict[str, Any], what: str) -> str:
+        return pair({count: share[what] for count, share in result["share_of_a_core"].items()}, "{:.1%}")
+
     row("tokens/s of the engine alone, 1 · 8 sequences", lambda r: pair(r["bare_engine_tokens_per_second"], "{:,.0f}"))
     row("tokens/s of the server, 1 · 8 clients", lambda r: pair(r["tokens_per_second"], "{:,.0f}"))
     row("8 clients over one", lambda r: f"{r['gain_of_slots']:.2f} ×")
-    row("share that the server and its clients take", lambda r: pair(r["server_overhead"], "{:.0%}"))
+    row("slower than the engine alone by", lambda r: pair(r["server_overhead"], "{:.1%}"))
+    row("of a core: the server's event loop", lambda r: core_share(r, "event_loop"))
+    row("of a core: the client", lambda r: core_share(r, "client"))
     row(
         "first token, 8 clients: median · 95th",
         lambda r: "{median:.2f} · {p95:.2f} s".format(**r["first_token_seconds"]),
     )
+    row("terminal: start of `mobillama chat` to first text", lambda r: f"{r['terminal_first_text_seconds']:.2f} s")
     row("slots of killed clients are free after", lambda r: f"{r['slots_free_after_kill_seconds']:.3f} s")
     row("soak: clients · seconds", lambda r: f"{r['soak']['clients']} · {r['soak']['seconds']:.0f}")
     row(

@@ -87,6 +87,8 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         models = sorted([*directory.glob("checkpoints/step-*/model"), *directory.glob("model")])
         hint = f"; did you mean {models[-1]}?" if models else ""
+        if not directory.exists():
+            raise UsageError(f"{directory}: no such directory; 'mobillama import' makes one of another project's model")
         if directory.is_file():
             hint = f"; make one of a file with 'mobillama import {directory} OUT'"
         raise UsageError(f"{directory}: no {CONFIG_FILE} there, so this is no model directory{hint}")

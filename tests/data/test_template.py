@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,8 @@ TRIMMED = (
     "  {%- else %}\n    {%- generation %}{{- ' ' ~ message['content'].strip() ~ eos_token }}{% endgeneration %}\n"
     "  {%- endif %}\n{%- endfor %}"
 )
+SMOLLM2 = CHATML.replace("You help", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+TALKS = Path(__file__).parents[2] / "recipes" / "chat" / "local.jsonl"
 TALK = [
     {"role": "user", "content": "Hello there  "},
     {"role": "assistant", "content": "\nHi!\n"},
@@ -76,6 +80,17 @@ def test_ids_are_those_of_transformers(source, kind, byte_level, tokenizer_path,
             assert ours.render(talk, ask) == theirs.apply_chat_template(talk, add_generation_prompt=ask, tokenize=False)
 
 
+def test_ids_of_conversations_in_smollm2s_template_are_those_of_transformers(byte_level, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = with_template(byte_level, SMOLLM2, tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate.of(tokenizer)
+    talks = [json.loads(line)["messages"] for line in TALKS.read_text().splitlines()]
+    talks += [[*one, *other] for one, other in itertools.pairwise(talks)]
+    expected = theirs.apply_chat_template(talks, return_dict=False)
+    assert len(talks) > 400 and [ours.encode(talk).ids for talk in talks] == expected
+
+
 def test_a_message_cannot_forge_special_tokens(byte_level):
     tokenizer = byte_level
     template = ChatTemplate(CHATML.replace("You help", "<own>"), tokenizer, "it")
@@ -98,6 +113,17 @@ def test_spans_are_what_the_assistant_says_with_its_end_mark(byte_level, tokeniz
         prompt = template.encode(TALK, add_generation_prompt=True).ids
         start = encoded.spans[-1][0]
         assert encoded.ids[:start] == prompt  # an answer begins where the prompt ends
+
+
+def test_a_long_conversation_is_rendered_few_times(byte_level, monkeypatch):
+    template, renderings = ChatTemplate(CHATML, byte_level, "it"), []
+    render = template._worker.render
+    monkeypatch.setattr(template._worker, "render", lambda variables: renderings.append(1) or render(variables))
+    talk = [{"role": role, "content": "x"} for _ in range(400) for role in ("user", "assistant")]
+    encoded = template.encode(talk)
+    assert len(renderings) < 5
+    assert all(encoded.ids[end - 1] in template.stop_ids for _, end in encoded.spans)
+    assert template._cached_skeleton.cache_info().currsize < 5  # long shapes are not kept
 
 
 def test_stop_ids_hold_the_mark_that_closes_an_answer(byte_level, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from conftest import VOCAB
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.deploy.gguf import export_gguf
-from mobillama.directory import load_model, save_model
+from mobillama.directory import load_model, read_config, save_model
 from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.sampling import Sampling, sample
 from mobillama.engine.stream import Session, stream_tokens, text_of
@@ -150,6 +150,21 @@ def test_sampling_draws_by_probability_within_top_k_and_top_p():
     assert frequencies(temperature=1, top_p=0.01)[0] == 1
 
 
+@pytest.mark.parametrize("options", [{"top_p": 1}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_p": 0.9, "min_p": 0.01}])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 50.0])
+def test_draws_from_a_large_vocabulary_are_those_of_one_sorted_sum(options, temperature):
+    random = np.random.default_rng(2)
+    for seed in range(40):
+        logits = random.normal(0, 4, size=3000).astype(np.float32)
+        weights = np.exp((logits - logits.max()) / temperature).astype(np.float64)
+        ranked = np.argsort(-weights, kind="stable") if options["top_p"] < 1 else np.arange(3000)
+        kept = np.searchsorted(np.cumsum(weights[ranked]), options["top_p"] * weights.sum()) + 1
+        ranked = [i for i in ranked[:kept] if weights[i] >= options.get("min_p", 0)]
+        sums = np.cumsum(weights[ranked])
+        expected = ranked[np.searchsorted(sums, np.random.default_rng(seed).random() * sums[-1], side="right")]
+        assert sample(logits, Sampling(temperature, **options), np.random.default_rng(seed)) == expected
+
+
 def test_min_p_keeps_what_is_likely_enough_and_the_penalty_makes_the_seen_rarer():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     random = np.random.default_rng(0)
@@ -206,6 +221,8 @@ def test_impossible_sampling_and_directories_are_named(directory, tmp_path):
             Sampling(**options)
     with pytest.raises(UsageError, match="no model directory"):
         load_engine(tmp_path)
+    with pytest.raises(UsageError, match="none: no such directory"):
+        read_config(tmp_path / "none")
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(CorruptDataError, match=r"model\.safetensors: damaged or truncated"):

@@ -80,8 +80,8 @@ def test_with_a_template_turns_are_told_apart(tokenizer_path):
 
 
 def test_reset_forgets_and_long_histories_drop_whole_turns(tokenizer_path):
-    engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "/reset", "again"])
-    assert "hello" not in text_in(engine, tokenizer)
+    engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "/reset", "/stats", "again"])
+    assert "hello" not in text_in(engine, tokenizer) and "context     0 of 200 tokens" in shown
     for template in (None, DEFAULT):
         lines = [f"question number {n}" for n in range(9)]
         engine, tokenizer, shown = talk(tokenizer_path, lines, context_length=100, template=template, system="short")
@@ -93,7 +93,8 @@ def test_reset_forgets_and_long_histories_drop_whole_turns(tokenizer_path):
 def test_a_text_that_fits_no_context_is_refused_and_forgotten(tokenizer_path):
     engine, tokenizer, shown = talk(tokenizer_path, ["hello there", "word " * 200, "again"], context_length=64)
     assert "56 fit a context of 64" in shown and shown.count("ok.") == 2
-    assert "again" in text_in(engine, tokenizer) and "word" not in text_in(engine, tokenizer)
+    held = text_in(engine, tokenizer)
+    assert "again" in held and "word" not in held and "hello there" in held  # what was said before stays
 
 
 def test_a_conversation_is_saved_and_goes_on(tokenizer_path, tmp_path):
@@ -102,12 +103,33 @@ def test_a_conversation_is_saved_and_goes_on(tokenizer_path, tmp_path):
     said = [message["content"].strip() for message in json.loads(file.read_text())["messages"]]
     assert said == ["be brief", "hello", "ok."]
     engine, tokenizer, shown = talk(tokenizer_path, [f"/load {file}", "more"], template=DEFAULT)
+    other = tmp_path / "weights"
+    other.write_bytes(b"\x00\xff")
+    _, _, refused = talk(tokenizer_path, ["hello", f"/save {other}", f"/save {file}"], template=DEFAULT)
+    assert "holds no conversation" in refused and other.read_bytes() == b"\x00\xff" and "2 messages saved" in refused
     assert "2 messages loaded" in shown and "be brief</s>" in text_in(engine, tokenizer)
     (tmp_path / "bad.json").write_text('{"messages": [{"role": "robot", "content": ""}]}')
     (tmp_path / "torn.json").write_text("{")
-    lines = ["hello", "/load", f"/load {tmp_path}/no.json", f"/load {tmp_path}/bad.json", f"/load {tmp_path}/torn.json"]
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    lines = [
+        f"/save {file}",
+        f"/load {tmp_path}/deep.json",
+        "hello",
+        "/load",
+        f"/load {tmp_path}/no.json",
+        f"/load {tmp_path}/bad.json",
+        f"/load {tmp_path}/torn.json",
+    ]
     engine, tokenizer, shown = talk(tokenizer_path, [*lines, f"/save {tmp_path}/no/such.json", "more"])
-    for words in ("name the file", "no such file", "'robot' is none of", "torn.json", "No such file or directory"):
+    for words in (
+        "nothing was said yet",
+        "deep.json: not valid JSON",
+        "name the file",
+        "no such file",
+        "'robot' is none of",
+        "torn.json",
+        "No such file or directory",
+    ):
         assert words in shown
     assert text_in(engine, tokenizer).startswith(" hello ok.\nmore")
 

@@ -14,6 +14,7 @@ import uvicorn
 
 from conftest import run_cli
 from mobillama.serve import app, guard
+from mobillama.serve.answers import Answers
 from mobillama.serve.app import State, make_app
 from mobillama.serve.guard import Connection, Guard
 from mobillama.serve.metrics import Metrics
@@ -155,14 +156,42 @@ def test_heads_and_bodies_have_most_bytes(monkeypatch):
     ready(monkeypatch)
     with guarded() as port:
         assert raw(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 40_000).startswith(b"HTTP/1.1 400")
-        stated = raw(port, HEAD + b"Content-Length: 10000000\r\n\r\n")  # refused before a byte of it came
+        stated = raw(port, HEAD + b"Content-Length: 100000000\r\n\r\n")  # refused before a byte of it came
         assert stated.startswith(b"HTTP/1.1 413")
+        pasted = ask(port, "/v1/chat/completions", "POST", b" " * 10_000_000, Content_Type="application/json")
+        assert pasted[0] == 413 and b"larger than 1,048,576 bytes" in pasted[2]
         chunk = b"20000\r\n" + b" " * 0x20000 + b"\r\n"
-        unstated = raw(port, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 12)
+        unstated = raw(port, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 140)
         assert unstated.startswith(b"HTTP/1.1 413") or unstated == b""  # reset while it was still sending
         status, _, content = ask(port, "/v1/chat/completions", "POST", b"{}", Content_Type="text/plain")
         assert status == 415 and b"application/json" in content
         assert raw(port, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_a_quiet_stream_is_kept_alive_until_its_client_no_longer_reads(monkeypatch):
+    monkeypatch.setattr(app, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.2)
+    sent, cancelled = [], []
+
+    class Quiet:
+        def submit(self, requests):
+            return ["ticket" for _ in requests]
+
+        cancel = staticmethod(cancelled.append)
+
+    async def send(message):
+        sent.append(message.get("body"))
+        if len(sent) == 40:
+            await asyncio.sleep(60)
+
+    async def listen():
+        exchange = app.Exchange(Quiet(), [None])
+        events = app._events(exchange, Answers("m", "", [], 1, 1, is_chat=True), include_usage=False)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(app._EventStream(exchange, events)(scope, lambda: asyncio.sleep(60), send), 30)
+
+    asyncio.run(listen())
+    assert sent == [None, *[b": ping\n\n"] * 39] and cancelled == ["ticket"]
 
 
 def test_metrics_do_not_grow_with_paths_that_lead_nowhere():

@@ -94,6 +94,23 @@ def test_old_turns_that_no_longer_fit_are_dropped_and_said_to_be(page):
     assert "2 oldest messages no longer fit" in page.run("at('messages').innerText")
 
 
+def test_a_message_that_fits_no_context_costs_no_turns(page):
+    page.run("messages = [{role: 'user', content: 'a'}, {role: 'assistant', content: 'b'}]; show()")
+    say(page, "long " * 5000)
+    page.wait("messages.at(-1).role === 'error' && !busy")
+    assert page.run("messages.map(({role}) => role).join()") == "user,assistant,user,error"
+    assert "maximum context length" in page.run("messages.at(-1).content")
+
+
+def test_a_conversation_is_exported(page):
+    page.run("messages = [{role: 'user', content: 'hello'}, {role: 'assistant', content: 'there'}]; show()")
+    saved = "(() => { let its; save = (name, kind, content) => its = content; exported('%s'); return its; })()"
+    exported = json.loads(page.run(saved % "json"))
+    assert exported["messages"] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+    assert exported["digest"].startswith("sha256:") and "temperature" in exported["sampling"]
+    assert page.run(saved % "md") == "**You**\n\nhello\n\n**tiny**\n\nthere\n"
+
+
 def test_errors_are_shown_and_theme_panel_and_facts_work(page):
     page.run("model.id = 'other'")
     say(page, "hello")

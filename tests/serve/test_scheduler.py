@@ -8,6 +8,7 @@ import pytest
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.engine.load import load_batch_engine
 from mobillama.engine.sampling import Sampling
+from mobillama.serve import scheduler as scheduling
 from mobillama.serve.metrics import Metrics
 from mobillama.serve.scheduler import CANCELLED, CHUNK, FAILED, LENGTH, STOP, Busy, Finish, Request, Scheduler
 from mobillama.serve.writer import Writer
@@ -75,7 +76,15 @@ def request(ids, max_tokens=4, **options):
 def submit(scheduler, *requests):
     """Return where each request's events arrive, and the tickets."""
     boxes = [queue.Queue() for _ in requests]
-    return boxes, scheduler.submit([(its, box.put) for its, box in zip(requests, boxes, strict=True)])
+    return boxes, scheduler.submit([(its, teller(box)) for its, box in zip(requests, boxes, strict=True)])
+
+
+def teller(box):
+    def tell(events):
+        for event in events:
+            box.put(event)
+
+    return tell
 
 
 def end_of(box):
@@ -96,6 +105,16 @@ def test_long_prompts_are_read_piece_by_piece_while_others_go_on(scheduler):
     assert [sum(sizes) - 1 for sizes in mixed[:4]] == [CHUNK, CHUNK, CHUNK, 900 - 3 * CHUNK]
     assert all(1 in sizes for sizes in mixed)
     assert len(end_of(short)[1]) == 399
+
+
+def test_of_the_first_token_is_told_at_once_and_of_the_others_together(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduling, "TOGETHER", 1e9)
+    told = queue.Queue()
+    scheduler.submit([(request([5, 6, 7], 300), told.put)])
+    assert [len(told.get(timeout=30)) for _ in range(2)] == [1, 300]
+    monkeypatch.setattr(scheduling, "TOGETHER", 0)
+    scheduler.submit([(request([5, 6, 7], 5), told.put)])
+    assert [len(told.get(timeout=30)) for _ in range(5)] == [1, 1, 1, 1, 2]
 
 
 def test_a_failing_engine_ends_what_ran_and_the_next_request_is_answered(scheduler, capfd):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 
+from mobillama.data.template import DEFAULT
 from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.engine.load import engine_for
 from mobillama.errors import UsageError
@@ -34,6 +36,19 @@ def test_a_models_facts_are_those_of_its_file(chat_model, tmp_path):
     )  # the template went along
     assert quantized.digest == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     assert engine_for(file) in ("native", "torch")
+
+
+def test_clients_are_told_what_a_template_refuses_and_no_path(chat_model, tmp_path):
+    shutil.copytree(chat_model, tmp_path / "tiny")
+    template = DEFAULT + "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}"
+    (tmp_path / "tiny" / "chat_template.jinja").write_text(template)
+    served = open_served(tmp_path / "tiny", slots=1)
+    with pytest.raises(UsageError) as refused:
+        served.turns.encode([{"role": "user", "content": "x"}] * 3)
+    assert str(refused.value) == "the model's chat template: too many"
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with pytest.raises(UsageError, match=r"chat_template\.jinja: never"):
+        open_served(tmp_path / "tiny", slots=1)
 
 
 def test_engines_of_one_sequence_serve_one_request_at_a_time(tokenizer_path, tmp_path):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -122,7 +125,7 @@ def test_log_probabilities_are_those_of_the_model(client, chat_model):
     assert bytes(answer[0].bytes) == tokenizer.token_bytes[drawn[0]]
     assert [entry.logprob for entry in answer[0].top_logprobs] == pytest.approx(sorted(values)[:-4:-1], abs=1e-3)
     streamed = [chunk.choices[0] for chunk in chat(client, logprobs=True, max_tokens=5, stream=True)]
-    told = [choice.logprobs.content[0].logprob for choice in streamed if choice.logprobs]
+    told = [entry.logprob for choice in streamed if choice.logprobs for entry in choice.logprobs.content]
     assert told == pytest.approx([entry.logprob for entry in answer], abs=1e-3)
     old = client.completions.create(model="tiny", prompt="A ship", max_tokens=3, logprobs=2).choices[0].logprobs
     assert len(old.tokens) == len(old.token_logprobs) == 3 and len(old.top_logprobs[0]) == 2
@@ -203,6 +206,30 @@ def test_killed_clients_free_their_slots(server, stream):
     while metric(server, "requests_running"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_server_that_stops_tells_who_still_listens(chat_model):
+    command = [sys.executable, "-u", "-m", "mobillama", "serve", chat_model, "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        host, port = process.stdout.readline().split("http://")[1].split()[0].split(":")
+        assert "is ready" in process.stdout.readline()
+        body = json.dumps({"model": "tiny", "messages": ASK, "max_tokens": 4000, "temperature": 0, "stream": True})
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+        )
+        with socket.create_connection((host, int(port)), timeout=30) as listening:
+            listening.sendall(f"{head}{len(body)}\r\n\r\n{body}".encode())
+            received = listening.recv(65536)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)  # the answer takes seconds; it is not waited for
+            while part := listening.recv(65536):
+                received += part
+        assert b'data: {"error":{"message":"the server stops"' in received and received.endswith(b"\r\n0\r\n\r\n")
+        assert process.wait(timeout=30) == 130 and process.stderr.read() == ""
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(

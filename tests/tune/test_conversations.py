@@ -77,6 +77,7 @@ def test_an_answer_of_weight_0_is_read_but_not_learned():
         (row(("user", [{"type": "image_url"}])), r"messages\[0\]\.content: is no text"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\]\.value: is no text"),
         (row(("user", "a"), ("user", "b"), ("assistant", "c")), r"messages\[1\]: two messages of the user in a row"),
+        ({"messages": [{**MESSAGES[0], "weight": "0"}]}, r"messages\[0\]\.weight: '0' is neither 0 nor 1"),
         (row(("user", "a"), ("system", "b")), r"messages\[1\]: a system message must be the first"),
     ],
 )

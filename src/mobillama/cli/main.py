@@ -38,8 +38,8 @@ EXTRA_OF_PACKAGE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    known, rest = _parser().parse_known_args(words)
     try:
+        known, rest = _parser().parse_known_args(words)  # which prints --help
         _check_options(known, rest)
         known.overrides = rest
         known.perform(known)

@@ -46,7 +46,7 @@ Message = Mapping[str, str]
 _MOST_SOURCE = 1 << 18
 _SECONDS = 2.0
 _START_SECONDS = 20.0  # a busy machine is slow to start a process
-_SHAPES = 1024  # conversations of as many shapes are rendered once
+_SHAPES, _LONGEST_SHAPE = 1024, 64  # conversations of as many shapes, of as many messages at most, are rendered once
 # Characters of Unicode's private use, which no template writes, between white space that "trim" cuts and none writes either.
 _MARK = re.compile("(\x1f?)\ue000(\\d+)\ue001(\x1f?)")
 
@@ -108,7 +108,8 @@ class ChatTemplate:
         encoded = tokenizer.encode(list(self._added))
         found = (text for text, ids in zip(self._added, encoded, strict=True) if self._added[text] in ids)
         self._find_forged = _any_of(found)
-        self._skeleton = functools.lru_cache(_SHAPES)(self._render_skeleton)
+        self._cached_skeleton = functools.lru_cache(_SHAPES)(self._render_skeleton)
+        self._leads: dict[tuple[str, str], str] = {}
         probe = self.encode([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
         last = probe.ids[probe.spans[1][1] - 1]
         self.stop_ids = frozenset({tokenizer.eos_id} | ({last} & names.keys()))
@@ -155,16 +156,21 @@ class ChatTemplate:
         encoded = self._tokenizer.encode(["".join(piece.text for piece in stretch) for stretch in stretches])
         ids: list[int] = []
         spans = [(0, 0)] * len(messages)
+        ended: list[int] = []  # messages whose text ends where the ids end now
         for stretch, of_stretch, special in zip(stretches, encoded, [*specials, None], strict=True):
             of_stretch, borders = self._borders(stretch, of_stretch)
+            ended = [] if of_stretch else ended
             for piece, (start, end) in zip(stretch, itertools.pairwise(borders), strict=True):
                 if piece.message is not None and start < end:
                     first = spans[piece.message][0] if spans[piece.message][1] else len(ids) + start
                     spans[piece.message] = first, len(ids) + end
+                    if end == len(of_stretch):
+                        ended.append(piece.message)
             ids += of_stretch
             if special is not None:
-                spans = [(start, end + (0 < end == len(ids))) for start, end in spans]
                 ids.append(special)
+                for message in ended:
+                    spans[message] = spans[message][0], len(ids)
         return Encoded(ids, spans)
 
     def _pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[_Piece]:
@@ -174,6 +180,10 @@ class ChatTemplate:
         return [
             part if isinstance(part, _Piece) else part.filled(messages[part.message]["content"]) for part in skeleton
         ]
+
+    def _skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[_Piece | _Place]:
+        render = self._cached_skeleton if len(roles) <= _LONGEST_SHAPE else self._render_skeleton
+        return render(roles, add_generation_prompt)
 
     def _render_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[_Piece | _Place]:
         """Return the template's own text, cut where messages stand."""
@@ -199,7 +209,19 @@ class ChatTemplate:
         return parts
 
     def _lead(self, roles: tuple[str, ...], literal: str) -> str:
-        """Return the white space that the model says before an answer: what of the text before it is not in the prompt."""
+        """Return the white space that the model says before an answer: what of the text before it is not in the prompt.
+
+        It is found out once for each text between a message and an answer: a rendering more for each answer of a long
+        conversation would take many seconds.
+        """
+        place = (roles[-1] if roles else "", literal)
+        if place not in self._leads:
+            if len(self._leads) == _SHAPES:  # a template that writes the time
+                self._leads.clear()
+            self._leads[place] = self._find_lead(roles, literal)
+        return self._leads[place]
+
+    def _find_lead(self, roles: tuple[str, ...], literal: str) -> str:
         try:
             prompt = self._skeleton(roles, True)[-1] if roles else _Piece(literal, None)
         except UsageError:  # it refuses a conversation that ends there

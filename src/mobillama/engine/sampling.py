@@ -45,7 +45,7 @@ class Sampling:
             raise UsageError(f"repetition-penalty: {self.repetition_penalty} is not above 0 and at most {_MOST:g}")
 
 
-_MOST, _LEAST = 100.0, 1e-30
+_MOST, _LEAST, _BLOCK = 100.0, 1e-30, 256
 
 
 def sample(
@@ -64,7 +64,8 @@ def sample(
     if sampling.temperature == 0:
         return int(logits_v.argmax())
     # Before the division, which a tiny temperature makes infinite.
-    weights = (logits_v - logits_v.max()) / np.float32(max(sampling.temperature, _LEAST))
+    weights = logits_v - logits_v.max()
+    weights /= np.float32(max(sampling.temperature, _LEAST))
     np.exp(weights, out=weights)
     ids = None  # all
     if 0 < sampling.top_k < len(weights):
@@ -73,17 +74,34 @@ def sample(
         weights = weights[ids]
     if sampling.top_p < 1:
         total = weights.sum(dtype=np.float64)
-        # All tokens below this share have 1 - top_p together at most, so the nucleus is among the others: few are sorted.
-        likely = np.flatnonzero(weights >= (1 - sampling.top_p) * total / len(weights))
+        # All tokens below the last level have 1 - top_p together at most, so the nucleus is among the others. As a rule it is
+        # among those above a higher one, and few are sorted.
+        for level in (0.01, 0.0001, (1 - sampling.top_p) * total / len(weights)):
+            likely = np.flatnonzero(weights >= level)
+            if weights[likely].sum(dtype=np.float64) > sampling.top_p * total:
+                break
         ranked = likely[np.argsort(-weights[likely], kind="stable")]
         kept = int(np.searchsorted(np.cumsum(weights[ranked], dtype=np.float64), sampling.top_p * total)) + 1
         ids, weights = ranked[:kept] if ids is None else ids[ranked[:kept]], weights[ranked[:kept]]
     if sampling.min_p > 0:
         likely = np.flatnonzero(weights >= sampling.min_p)  # the likeliest token's weight is 1
         ids, weights = likely if ids is None else ids[likely], weights[likely]
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    place = min(int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")), len(weights) - 1)
+    place = _place(weights, random.random())
     return place if ids is None else int(ids[place])
+
+
+def _place(weights: NDArray[np.float32], share: float) -> int:
+    """Return the first place up to which the weights add up to more than a share of their sum.
+
+    In two stages, since a running sum over a whole vocabulary takes as long as a small model takes for a token.
+    """
+    starts = np.arange(0, len(weights), _BLOCK)
+    ends = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    wanted = share * ends[-1]
+    block = min(int(np.searchsorted(ends, wanted, side="right")), len(ends) - 1)
+    within = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    sums = np.cumsum(within, dtype=np.float64) + (ends[block - 1] if block else 0)
+    return block * _BLOCK + min(int(np.searchsorted(sums, wanted, side="right")), len(within) - 1)
 
 
 def _penalised(logits_v: NDArray[np.float32], penalty: float, seen: Sequence[int]) -> NDArray[np.float32]:

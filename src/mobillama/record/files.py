@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptDataError(f"{path}: missing; restore it from a copy") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptDataError(f"{path}: not valid JSON ({error}); restore it from a copy") from None
     if not isinstance(value, dict):
         raise CorruptDataError(f"{path}: holds no JSON object; restore it from a copy")

@@ -53,16 +53,17 @@ class Answers:
             "system_fingerprint": fingerprint,
         }
 
-    def take(self, index: int, event: Piece | Finish) -> None:
+    def take(self, index: int, events: Sequence[Piece | Finish]) -> None:
         """Add what came of one answer."""
         choice = self.choices[index]
-        choice.text += event.text
-        if isinstance(event, Finish):
-            choice.reason = event.reason
-        else:
-            choice.tokens += 1
-            if event.log_probability:
-                choice.pieces.append(event)
+        choice.text += "".join(event.text for event in events)
+        for event in events:
+            if isinstance(event, Finish):
+                choice.reason = event.reason
+            else:
+                choice.tokens += 1
+                if event.log_probability:
+                    choice.pieces.append(event)
 
     def whole(self) -> dict[str, Any]:
         """Return the whole response."""
@@ -77,21 +78,20 @@ class Answers:
             choices.append({"index": index, **message, "logprobs": known, "finish_reason": choice.reason})
         return {**self._facts, "object": self._kind, "choices": choices, "usage": self.usage()}
 
-    def opening(self) -> list[bytes]:
+    def opening(self) -> bytes:
         """Return the events that begin a stream: of chats, the role of each answer."""
-        if not self._is_chat:
-            return []
-        return [
-            self._event(index, {"role": "assistant", "content": ""}, None, None) for index in range(len(self.choices))
-        ]
+        role = {"role": "assistant", "content": ""}
+        indices = range(len(self.choices) if self._is_chat else 0)
+        return b"".join(self._event(index, role, None, None) for index in indices)
 
-    def event(self, index: int, event: Piece | Finish) -> bytes:
-        """Return what came of one answer as an event; nothing where it says nothing."""
-        if isinstance(event, Piece):
-            known = self._log_probabilities([event]) if event.log_probability else None
-            return self._event(index, {"content": event.text}, known, None) if event.text or known else b""
-        rest = self._event(index, {"content": event.text}, None, None) if event.text else b""
-        return rest + self._event(index, {}, None, event.reason)
+    def event(self, index: int, events: Sequence[Piece | Finish]) -> bytes:
+        """Return what came of one answer as server-sent events; nothing where it says nothing."""
+        text = "".join(event.text for event in events)
+        pieces = [event for event in events if isinstance(event, Piece) and event.log_probability]
+        known = self._log_probabilities(pieces) if pieces else None
+        said = self._event(index, {"content": text}, known, None) if text or known else b""
+        end = events[-1]
+        return said + self._event(index, {}, None, end.reason) if isinstance(end, Finish) else said
 
     def usage_event(self) -> bytes:
         """Return the event that closes a stream whose usage was asked for."""

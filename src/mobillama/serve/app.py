@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mobillama.serve.served import Served
 
 PAGE = Path(__file__).with_name("page")
 MOST_BODY = 1 << 20
+MOST_READ = 16 << 20  # of a larger body, so that its sender sees the answer and not a connection that breaks
 BODY_SECONDS, SEND_SECONDS, PING_SECONDS = 20.0, 60.0, 10.0
 
 
@@ -85,26 +87,28 @@ _FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 
 async def _chat(request: Request) -> Response:
     served, _ = _state(request).ready()
-    asked = protocol.parse_chat(await _body(request), served.name)
 
-    def encode() -> list[int]:
-        return served.turns.encode(asked.messages, add_generation_prompt=True).ids
+    def understand(body: bytes) -> tuple[Options, list[int]]:
+        asked = protocol.parse_chat(protocol.read_body(body), served.name)
+        ids = checked(lambda: served.turns.encode(asked.messages, add_generation_prompt=True).ids, "messages")
+        return asked.options, ids
 
-    ids = await asyncio.to_thread(checked, encode, "messages")
-    return await _answer(request, [ids], asked.options, served.turns.stop_ids, is_chat=True)
+    options, ids = await asyncio.to_thread(understand, await _body(request))
+    return await _answer(request, [ids], options, served.turns.stop_ids, is_chat=True)
 
 
 async def _complete(request: Request) -> Response:
     served, _ = _state(request).ready()
-    asked = protocol.parse_completion(await _body(request), served.name)
-    prompts: list[list[int]] = await asyncio.to_thread(
-        lambda: [
-            served.tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt for prompt in asked.prompts
-        ]
-    )
-    if not all(0 <= token < served.engine.vocab_size for prompt in prompts for token in prompt):
-        raise RequestError(f"prompt: the model knows the ids 0…{served.engine.vocab_size - 1}", "prompt")
-    return await _answer(request, prompts, asked.options, frozenset({served.tokenizer.eos_id}), is_chat=False)
+
+    def understand(body: bytes) -> tuple[Options, list[list[int]]]:
+        asked = protocol.parse_completion(protocol.read_body(body), served.name)
+        prompts = [its if isinstance(its, list) else served.tokenizer.encode([its])[0] for its in asked.prompts]
+        if not all(0 <= token < served.engine.vocab_size for prompt in prompts for token in prompt):
+            raise RequestError(f"prompt: the model knows the ids 0…{served.engine.vocab_size - 1}", "prompt")
+        return asked.options, prompts
+
+    options, prompts = await asyncio.to_thread(understand, await _body(request))
+    return await _answer(request, prompts, options, frozenset({served.tokenizer.eos_id}), is_chat=False)
 
 
 async def _answer(
@@ -151,41 +155,52 @@ class Exchange:
     """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[scheduling.Request]) -> None:
-        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Finish]]()
         self._scheduler, self._open = scheduler, set(range(len(requests)))
-
-        def emit_to(index: int) -> Callable[[Piece | Finish], None]:
-            def emit(event: Piece | Finish) -> None:
-                loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
-
-            return emit
+        self._come: list[tuple[int, list[Piece | Finish]]] = []
+        self._has_come = asyncio.Event()
 
         try:
-            self._tickets = scheduler.submit([(its, emit_to(index)) for index, its in enumerate(requests)])
+            self._tickets = scheduler.submit([(its, partial(self._take, index)) for index, its in enumerate(requests)])
         except Busy as error:
             raise RequestError(
                 str(error), status=429, code="queue_full", kind="rate_limit_error", headers={"Retry-After": "1"}
             ) from None
 
-    async def next(self) -> list[tuple[int, Piece | Finish]]:
-        """Return what has come since, at least one event; nothing once all answers ended.
+    def _take(self, index: int, events: list[Piece | Finish]) -> None:
+        self._come.append((index, events))
+        self._has_come.set()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether nothing has come since :meth:`next` returned last."""
+        return not self._has_come.is_set()
+
+    def wake(self) -> None:
+        """Let :meth:`next` return, with nothing if nothing has come."""
+        self._has_come.set()
+
+    async def next(self) -> list[tuple[int, list[Piece | Finish]]]:
+        """Return what has come since of each answer; at least one of them is open.
 
         Raises:
             RequestError: the engine failed, or the server stops.
         """
-        if not self._open:
-            return []
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        for index, event in events:
-            if isinstance(event, Finish):
+        await self._has_come.wait()
+        self._has_come.clear()
+        come, self._come = self._come, []
+        for index, events in come:
+            if isinstance(end := events[-1], Finish):
                 self._open.discard(index)
-                if event.reason == scheduling.FAILED:
+                if end.reason == scheduling.FAILED:
                     raise RequestError("the engine failed", status=500, kind="server_error")
-                if event.reason == scheduling.CANCELLED:
+                if end.reason == scheduling.CANCELLED:
                     raise RequestError("the server stops", status=503, kind="server_error")
-        return events
+        return come
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer has not ended."""
+        return bool(self._open)
 
     def close(self) -> None:
         """End what has not ended."""
@@ -196,9 +211,9 @@ class Exchange:
 
 async def _whole(request: Request, exchange: Exchange, made: Answers) -> Response:
     async def collect() -> None:
-        while events := await exchange.next():
-            for index, event in events:
-                made.take(index, event)
+        while exchange.is_open:
+            for index, events in await exchange.next():
+                made.take(index, events)
 
     collecting = asyncio.create_task(collect())
     leaving = asyncio.create_task(_disconnect(request))
@@ -220,25 +235,22 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _events(exchange: Exchange, made: Answers, include_usage: bool) -> AsyncIterator[bytes]:
-    yield b"".join(made.opening())
+    text = made.opening()  # goes with the first token
     try:
-        while True:
-            try:
-                async with asyncio.timeout(PING_SECONDS):
-                    events = await exchange.next()
-            except TimeoutError:
+        while exchange.is_open:
+            come = await exchange.next()
+            for index, events in come:
+                made.take(index, events)
+                text += made.event(index, events)
+            if not come:
                 yield answers.PING
-                continue
-            if not events:
-                break
-            for index, event in events:
-                made.take(index, event)
-            if text := b"".join(made.event(index, event) for index, event in events):
+            elif text and exchange.is_open:
                 yield text
+                text = b""
     except RequestError as error:
-        yield answers.error_event(error.body())
+        yield text + answers.error_event(error.body())
         return
-    yield (made.usage_event() if include_usage else b"") + answers.DONE
+    yield text + (made.usage_event() if include_usage else b"") + answers.DONE
 
 
 class _EventStream(StreamingResponse):
@@ -249,19 +261,26 @@ class _EventStream(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Any) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
+            async with asyncio.timeout(SEND_SECONDS) as limit:
+                ticking = asyncio.create_task(self._tick(limit))
+                await super().__call__(scope, receive, send)
         except TimeoutError:  # a client that stopped reading: uvicorn closes what was not finished
             pass
         finally:
+            ticking.cancel()
             self._exchange.close()
 
+    async def _tick(self, limit: asyncio.Timeout) -> None:
+        """Now and then send a ping, and give the client time anew if it read; a timer for each event would cost more."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if self._exchange.is_taken:
+                limit.reschedule(asyncio.get_running_loop().time() + SEND_SECONDS)
+            self._exchange.wake()
 
-async def _body(request: Request) -> dict[str, Any]:
+
+async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which pages of other sites cannot send without asking first
         raise RequestError("Content-Type: is not application/json", status=415)
@@ -270,18 +289,19 @@ async def _body(request: Request) -> dict[str, Any]:
     parts: list[bytes] = []
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if size <= MOST_BODY:
+            if size <= MOST_READ:
                 size = 0
                 async for part in request.stream():
                     size += len(part)
-                    parts.append(part)
-                    if size > MOST_BODY:
+                    if size <= MOST_BODY:
+                        parts.append(part)
+                    if size > MOST_READ:
                         break
     except TimeoutError:
         raise RequestError(f"the body did not come within {BODY_SECONDS:.0f} s", status=408) from None
     if size > MOST_BODY:
         raise RequestError(f"the body is larger than {MOST_BODY:,} bytes", status=413)
-    return await asyncio.to_thread(protocol.read_body, b"".join(parts))
+    return b"".join(parts)
 
 
 async def _health(request: Request) -> Response:

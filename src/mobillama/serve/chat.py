@@ -115,14 +115,22 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.messages.clear()
+        self.messages, self.last = [], Answer()
 
     def save(self, path: Path) -> None:
         """Write the conversation as JSON, the system's message included.
 
         Raises:
+            UsageError: nothing was said yet, or something else is there.
             OSError: it cannot be written.
         """
+        if not self.messages:
+            raise UsageError("nothing was said yet")
+        if path.exists():
+            try:
+                _saved_messages(path)
+            except MobiLlamaError:
+                raise UsageError(f"{path}: is there already and holds no conversation; take another name") from None
         write_json(path, {"messages": [*self._system, *self.messages]})
 
     def load(self, path: Path) -> None:
@@ -132,17 +140,9 @@ class Conversation:
             UsageError: the file holds none; what was there stays.
             CorruptDataError: it is no JSON.
         """
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file")
-        messages = read_json(path).get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UsageError(f"{path}: holds no list of messages")
-        try:
-            check_messages(messages)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
+        messages = _saved_messages(path)
         first = 1 if messages[0]["role"] == "system" else 0
-        self._system, self.messages = messages[:first], messages[first:]
+        self._system, self.messages, self.last = messages[:first], messages[first:], Answer()
 
     def _tokens(self, ids: list[int], started: float) -> Iterator[int]:
         stop_ids = self._turns.stop_ids
@@ -158,19 +158,33 @@ class Conversation:
             self.last.seconds = time.perf_counter() - started
 
     def _fitting_ids(self) -> list[int]:
+        messages = self.messages
         while True:
-            ids = self._turns.encode([*self._system, *self.messages], add_generation_prompt=True).ids
+            ids = self._turns.encode([*self._system, *messages], add_generation_prompt=True).ids
             if len(ids) <= self._room:
+                self.last.dropped_turns = len(self.messages) - len(messages)
+                self.messages = messages
                 return ids
-            if len(self.messages) == 1:
+            if len(messages) == 1:
                 raise UsageError(
                     f"that is {len(ids)} tokens; {self._room} fit a context of {self.context_length} and leave room to "
                     "answer; shorten it"
                 )
             # A turn is what was asked and what was answered; the last message is the question at hand.
-            turn = next(n for n in range(1, len(self.messages)) if self.messages[n]["role"] == "user")
-            del self.messages[:turn]
-            self.last.dropped_turns += turn
+            messages = messages[next(n for n in range(1, len(messages)) if messages[n]["role"] == "user") :]
+
+
+def _saved_messages(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    messages = read_json(path).get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UsageError(f"{path}: holds no list of messages")
+    try:
+        check_messages(messages)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return messages
 
 
 def chat(

@@ -3,6 +3,9 @@
 A request waits in a queue until a slot is free, takes the slot that already holds the longest beginning of its prompt, and
 keeps it until it ends. A step feeds each slot its next token, and at most ``CHUNK`` tokens of prompts that are still being
 read, so that a long prompt delays the others little.
+
+Who asked is told of the first token at once, and then of all tokens that came within ``TOGETHER`` seconds at a time: a small
+model draws one every millisecond, and telling of it costs a tenth of that.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +29,7 @@ from mobillama.serve.metrics import Metrics
 from mobillama.serve.writer import Writer
 
 CHUNK = 256
+TOGETHER = 0.03
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 
 
@@ -42,8 +47,7 @@ class LogProbability:
     """The likeliest tokens and their values."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token adds to an answer."""
 
     text: str
@@ -52,8 +56,7 @@ class Piece:
     log_probability: LogProbability | None
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(NamedTuple):
     """The end of an answer."""
 
     reason: str
@@ -83,8 +86,8 @@ class Ticket:
     """A request that was taken in."""
 
     request: Request
-    emit: Callable[[Piece | Finish], None]
-    """Called in the scheduler's thread, as each token comes."""
+    emit: Callable[[list[Piece | Finish]], None]
+    """Called with what came since the last call; a finish is the last there is."""
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
@@ -97,6 +100,12 @@ class _Running:
         self.ids = list(ticket.request.ids)
         self.random = np.random.default_rng(ticket.request.seed)
         self.writer = Writer(token_bytes, ticket.request.stops)
+        self.untold: list[Piece | Finish] = []
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether what is untold is told at once: the first token, or the end."""
+        return self.said == 1 or bool(self.untold and isinstance(self.untold[-1], Finish))
 
     @property
     def waits_for_one(self) -> bool:
@@ -117,15 +126,24 @@ class Scheduler:
         tokenizer: the model's.
         queue: requests that may wait beside those in slots.
         metrics: counts what happens.
+        post: calls a function in the thread where requests are told of what came; absent: the scheduler's own.
     """
 
-    def __init__(self, engine: BatchEngine, tokenizer: Tokenizer, queue: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: Tokenizer,
+        queue: int,
+        metrics: Metrics,
+        post: Callable[[Callable[[], None]], object] = lambda function: function(),
+    ) -> None:
         self._engine, self._token_bytes, self._metrics = engine, tokenizer.token_bytes, metrics
-        self._limit = queue
+        self._limit, self._post = queue, post
         self._waiting: deque[Ticket] = deque()
         self._running: list[_Running] = []
         self._held: list[list[int]] = [[] for _ in range(engine.slots)]
         self._used = [0] * engine.slots  # the step in which a slot was last given away
+        self._told = 0.0  # when all who asked were told last
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -134,7 +152,7 @@ class Scheduler:
         """Begin to work."""
         self._thread.start()
 
-    def submit(self, requests: Sequence[tuple[Request, Callable[[Piece | Finish], None]]]) -> list[Ticket]:
+    def submit(self, requests: Sequence[tuple[Request, Callable[[list[Piece | Finish]], None]]]) -> list[Ticket]:
         """Take in requests, all or none.
 
         Raises:
@@ -178,8 +196,7 @@ class Scheduler:
                 else:
                     ended = self._drop_cancelled()
                     self._admit()
-            for ticket in ended:
-                ticket.emit(Finish(CANCELLED))
+            self._tell([(ticket, [Finish(CANCELLED)]) for ticket in ended])
             if self._closed:
                 return
             if self._running:
@@ -217,23 +234,50 @@ class Scheduler:
                 stretch = running.ids[running.fed : running.fed + budget]
                 budget -= len(stretch)
                 fed.append((running, stretch))
+        if budget < CHUNK:  # a step that reads prompts takes long
+            self._tell_of(running for running, _ in fed)
         try:
             logits_wv = self._engine.feed([(running.slot, ids) for running, ids in fed])
         except Exception as error:  # whatever an engine raises, the server goes on with the next requests
             self._fail(error)
             return
-        self._metrics.count_step(time.monotonic() - started)
+        now = time.monotonic()
+        took = now - started
+        self._metrics.count_step(took)
         for (running, ids), logits_v in zip(fed, logits_wv, strict=True):
             running.fed += len(ids)
             self._held[running.slot] += ids
             if running.fed == len(running.ids):
                 self._take(running, logits_v)
+        if now + took > self._told + TOGETHER:  # the next step would end too late
+            self._told = now
+            self._tell_of(running for running, _ in fed)
+        else:
+            self._tell_of(running for running, _ in fed if running.is_urgent)
+
+    def _tell_of(self, some: Iterable[_Running]) -> None:
+        news = []
+        for running in some:
+            if running.untold:
+                news.append((running.ticket, running.untold))
+                running.untold = []
+        self._tell(news)
+
+    def _tell(self, news: list[tuple[Ticket, list[Piece | Finish]]]) -> None:
+        """Tell of all at once: to wake another thread takes longer than to draw a token."""
+
+        def emit() -> None:
+            for ticket, events in news:
+                ticket.emit(events)
+
+        if news:
+            self._post(emit)
 
     def _take(self, running: _Running, logits_v: NDArray[np.float32]) -> None:
         """Draw a request's next token, tell of it, and end the request where it ends."""
-        request, emit = running.ticket.request, running.ticket.emit
-        token = sample(logits_v, request.sampling, running.random, running.ids)
-        if running.said == 0:
+        request = running.ticket.request
+        token, said = sample(logits_v, request.sampling, running.random, running.ids), running.said + 1
+        if said == 1:
             self._metrics.count_first(time.monotonic() - running.ticket.arrived)
         if token in request.stop_ids:
             self._end(running, STOP)
@@ -241,21 +285,18 @@ class Scheduler:
         running.ids.append(token)
         self._metrics.generated_tokens += 1
         known = request.log_probabilities
-        emit(
-            Piece(
-                running.writer.write(token), token, None if known is None else _log_probability(logits_v, token, known)
-            )
-        )
+        told = None if known is None else _log_probability(logits_v, token, known)
+        running.untold.append(Piece(running.writer.write(token), token, told))
         if running.writer.stopped:
             self._end(running, STOP)
-        elif running.said == request.max_tokens:
+        elif said == request.max_tokens:
             self._end(running, LENGTH)
 
     def _end(self, running: _Running, reason: str) -> None:
         with self._changed:
             self._running.remove(running)
         rest = running.writer.finish()
-        running.ticket.emit(Finish(STOP if running.writer.stopped else reason, rest))
+        running.untold.append(Finish(STOP if running.writer.stopped else reason, rest))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -264,7 +305,8 @@ class Scheduler:
         for running in failed:
             self._engine.truncate(running.slot, 0)
             self._held[running.slot] = []
-            running.ticket.emit(Finish(FAILED))
+            running.untold.append(Finish(FAILED))
+        self._tell_of(failed)
 
 
 def _log_probability(logits_v: NDArray[np.float32], token: int, top: int) -> LogProbability:

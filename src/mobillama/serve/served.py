@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.gguf import read_gguf
 from mobillama.engine.interface import BatchEngine
@@ -63,12 +64,14 @@ def open_served(
         CorruptDataError: it is damaged.
     """
     opened, tokenizer = load_batch_engine(path, slots, engine, threads, device, context)
-    file = _weights_file(path)
+    file, turns = _weights_file(path), turns_of(tokenizer)
+    if isinstance(turns, ChatTemplate):
+        turns.place = "the model's chat template"  # clients are told of its errors, not of this machine's paths
     return Served(
         name or path.resolve().name.removesuffix(".gguf"),
         opened,
         tokenizer,
-        turns_of(tokenizer),
+        turns,
         f"sha256:{sha256_file(file)}",
         _weights_of(file),
     )

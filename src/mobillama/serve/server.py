@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -21,7 +23,9 @@ from mobillama.serve.served import Served
 
 MOST_CONNECTIONS = 1024
 MOST_HEAD = 16 << 10  # bytes of a request's head
+_BACKLOG = 256
 DRAIN_SECONDS = 10  # for answers under way when the server is told to stop
+LEAVE_SECONDS = 5  # for clients to read that the rest does not come
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def serve(
     async def open_model() -> None:
         try:
             served = await asyncio.to_thread(load)
-            state.scheduler = Scheduler(served.engine, served.tokenizer, queue, state.metrics)
+            post = asyncio.get_running_loop().call_soon_threadsafe
+            state.scheduler = Scheduler(served.engine, served.tokenizer, queue, state.metrics, post)
             state.scheduler.start()
             state.served = served
             at_once = f"{served.engine.slots} requests at once" if served.engine.slots > 1 else "one request at a time"
@@ -90,7 +95,8 @@ def serve(
             await asyncio.to_thread(state.scheduler.close)
 
     guarded = Guard(make_app(state, lifespan), listen.token, listen.allow_hosts, listen.allow_origins, state.metrics)
-    server = uvicorn.Server(
+    server = _Server(
+        state,
         uvicorn.Config(
             guarded,
             http=Connection,
@@ -104,8 +110,8 @@ def serve(
             h11_max_incomplete_event_size=MOST_HEAD,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_keep_alive=10,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
+            timeout_graceful_shutdown=DRAIN_SECONDS + LEAVE_SECONDS,
+        ),
     )
     with _bound(listen) as bound:
         host, port = bound.getsockname()[:2]
@@ -116,12 +122,41 @@ def serve(
         raise failure[0]
 
 
+class _Server(uvicorn.Server):
+    """Stops at a signal: answers under way have a while to end, or until a second signal; then an error ends them."""
+
+    def __init__(self, state: State, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._state, self._hurries = state, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take note of a signal."""
+        if self.should_exit and not self._hurries:
+            self._hurries = True
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close all connections."""
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline and not self._hurries:
+            await asyncio.sleep(0.1)
+        if self._state.scheduler:
+            await asyncio.to_thread(self._state.scheduler.close)
+
+
 def _bound(listen: Listen) -> socket.socket:
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((listen.host, listen.port))
+        made.listen(_BACKLOG)  # whoever reads the address may connect at once
     except (OSError, OverflowError) as error:
         made.close()
         reason = error.strerror if isinstance(error, OSError) else error

@@ -22,7 +22,8 @@ class Writer:
 
     def write(self, token: int) -> str:
         """Return the text that a token makes certain; ``stopped`` tells whether a stop text came."""
-        return self._certain(self._utf8.decode(self._token_bytes[token]))
+        text = self._utf8.decode(self._token_bytes[token])
+        return self._certain(text) if self._stops else text
 
     def finish(self) -> str:
         """Return what was held back, at the end of an answer; a cut character becomes U+FFFD."""

@@ -106,7 +106,10 @@ def conversation_of(row: Any) -> Conversation | None:
         if messages and messages[-1]["role"] == role:
             raise RowFault(f"{key}[{number}]: two messages of the {role} in a row")
         messages.append({"role": role, "content": content})
-        is_learned.append(role == "assistant" and bool(content.strip()) and message.get("weight", 1) != 0)
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise RowFault(f"{key}[{number}].weight: {weight!r:.40} is neither 0 nor 1")
+        is_learned.append(role == "assistant" and bool(content.strip()) and weight != 0)
     first = next((number for number, message in enumerate(messages) if message["role"] != "system"), 0)
     lost = bool(messages) and messages[first]["role"] == "assistant"
     if lost:

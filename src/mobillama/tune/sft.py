@@ -6,6 +6,7 @@ import functools
 import hashlib
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ class Tuning:
         """
         recipe = self.recipe
         check_shares(recipe, world)
-        if recipe.lora.rank:
-            import peft  # noqa: F401 before any work is done
+        if recipe.lora.rank and find_spec("peft") is None:  # before any work is done
+            raise ModuleNotFoundError("adapters need peft", name="peft")
         if self._start.is_file():
             raise UsageError(
                 f"init_from: {self._start} is a file; make a model directory of it: mobillama import {self._start} DIRECTORY"

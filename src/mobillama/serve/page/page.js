@@ -181,6 +181,7 @@ async function answer() {
   if (busy || !model) return;
   busy = new AbortController();
   setBusy(true);
+  const before = structuredClone(messages);
   const message = { role: "assistant", content: "", stats: "" };
   messages.push(message);
   show();
@@ -198,7 +199,7 @@ async function answer() {
     await receive(message, () => { drawing ||= requestAnimationFrame(draw); });
   } catch (error) {
     message.stats = "stopped";
-    if (!message.content) messages.pop();
+    if (!message.content) messages.splice(0, messages.length, ...before); // turns that were dropped in vain too
     if (error.name !== "AbortError") messages.push({ role: "error", content: error.message });
   } finally {
     cancelAnimationFrame(drawing);

@@ -92,6 +92,28 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
     for (int v = 0; v < N; v++) sums[v] = acc[v];
 }
 
+// Add the products with a vector's rests. Not inline: it must not take registers from the loops above.
+template <class Format>
+__attribute__((noinline)) void add_rests(const uint8_t* panel, const Rest* rests, int n, V* sum) {
+    constexpr Layout layout = layout_of(Format::kind);
+    V acc = *sum;
+    for (int r = 0; r < n; r++) {
+        const int g = rests[r].group;
+        const Activations& x = rests[r].block;
+        const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
+        I whole = Format::start(x);
+        UNROLL
+        for (int i = 0; i < 8; i++)
+            whole = Format::times(whole, Format::codes(pair + layout.codes + g % 2 * layout.block_bytes, i), x.codes + 4 * i);
+        acc = fma(to_float(whole), mul(load_half(pair + g % 2 * 32), set(x.scale)), acc);
+        if (Format::kind == Q4_1) {
+            const V minimum = load_half(pair + layout.minima + g % 2 * 32);
+            acc = fma(minimum, set(x.scale * -0.125f * (float)x.minus_eight_sums), acc);
+        }
+    }
+    *sum = acc;
+}
+
 // The same in floats: what the 8-bit products are compared with.
 template <class Format>
 void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, int n, V* sums) {
@@ -115,6 +137,13 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
     }
 }
 
+template <class Format, int N>
+inline void panel_in_blocks(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
+    quantized_panel<Format, N>(panel, m.columns / BLOCK, in.blocks + first, in.n, sums);
+    for (int v = 0; v < N; v++)
+        if (const int n = in.counts[first + v]) add_rests<Format>(panel, in.rests + (size_t)(first + v) * in.room, n, sums + v);
+}
+
 inline V load_number(const uint8_t* p, Kind kind) {
     return kind == F32 ? load((const float*)p) : kind == F16 ? load_half(p) : load_bfloat(p);
 }
@@ -135,18 +164,16 @@ inline void float_panel(const uint8_t* panel, int columns, const float* x, int s
 template <int N>
 void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
     const float* x = in.floats ? in.floats + (size_t)first * in.stride : nullptr;
-    const Activations* blocks = in.blocks ? in.blocks + first : nullptr;
-    const int groups = m.columns / BLOCK;
     switch (m.kind) {
         case Q4_0:
-            return blocks ? quantized_panel<Q4, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q4, N>(m, panel, in, first, sums)
+                             : exact_panel<Q4>(panel, m.columns, x, in.stride, N, sums);
         case Q4_1:
-            return blocks ? quantized_panel<Q4WithMinimum, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4WithMinimum>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q4WithMinimum, N>(m, panel, in, first, sums)
+                             : exact_panel<Q4WithMinimum>(panel, m.columns, x, in.stride, N, sums);
         case Q8_0:
-            return blocks ? quantized_panel<Q8, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q8>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q8, N>(m, panel, in, first, sums)
+                             : exact_panel<Q8>(panel, m.columns, x, in.stride, N, sums);
         case F32: return float_panel<F32, N>(panel, m.columns, x, in.stride, sums);
         case F16: return float_panel<F16, N>(panel, m.columns, x, in.stride, sums);
         case BF16: return float_panel<BF16, N>(panel, m.columns, x, in.stride, sums);
@@ -204,6 +231,23 @@ void quantize(const float* x, int n, Activations* blocks, int stride) {
         const int second = store_codes(blocks->codes + 16, code(mul(b, inverse)));
         blocks->minus_eight_sums = -8 * (first + second);
     }
+}
+
+int refine(const float* x, int n, const Activations* blocks, int stride, Rest* rests) {
+    const int groups = n / BLOCK;
+    float total = 0;
+    for (int g = 0; g < groups; g++) total += blocks[(size_t)g * stride].scale;
+    const float least = FAR_ABOVE * total / (float)groups;
+    int count = 0;
+    for (int g = 0; g < groups; g++) {
+        const Activations& block = blocks[(size_t)g * stride];
+        if (!(block.scale > least)) continue;
+        float left[BLOCK];
+        for (int i = 0; i < BLOCK; i++) left[i] = x[g * BLOCK + i] - (float)block.codes[i] * block.scale;
+        rests[count].group = g;
+        quantize(left, BLOCK, &rests[count++].block, 1);
+    }
+    return count;
 }
 
 inline V silu_times(V gate, V up) {
@@ -334,4 +378,5 @@ void row_of(const Matrix& m, int row, float* out) {
 #define TABLE_OF(name) kernels_##name
 #define TABLE(name) TABLE_OF(name)
 extern const Kernels TABLE(KERNELS);
-const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, gate, rotate, store_position, softmax, row_of};
+const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, refine, gate,
+                                rotate, store_position, softmax, row_of};

@@ -670,20 +670,32 @@ def native_kernels() -> str:
 def native_parity() -> str:
     """Return how the native engine compares with llama.cpp and torch on real text."""
     lines = [
-        "| file | bits per byte: torch | llama.cpp | native | beside llama.cpp | with 16-bit cache "
-        "| same likeliest token: native, llama.cpp | llama.cpp, torch | native, torch |",
-        "|---|" + "---:|" * 8,
+        "| file | bits per byte: torch | llama.cpp | native | beside llama.cpp | 16-bit cache |",
+        "|---|" + "---:|" * 5,
+    ]
+    alike = [
+        "| file | likeliest token as llama.cpp's: llama.cpp, one by one | native | 16-bit cache | torch "
+        "| where llama.cpp is sure: native | 16-bit cache | torch "
+        "| as torch's: llama.cpp | native | 16-bit cache | relative error of logits: llama.cpp | native | 16-bit cache |",
+        "|---|" + "---:|" * 13,
     ]
     for name, row in load("native-parity").items():
         bits, same = row["bits_per_byte"], row["same_likeliest_token"]
         lines.append(
             f"| {name} | {bits['torch']:.4f} | {bits['llama.cpp']:.4f} | {bits['native']:.4f} "
-            f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} | {same['llama.cpp, native']:.1%} "
-            f"| {same['llama.cpp, torch']:.1%} | {same['native, torch']:.1%} |"
+            f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} |"
         )
+        shares = [same[f"llama.cpp = {other}"] for other in ("llama.cpp, one by one", "native", "f16 cache", "torch")]
+        shares += [row["same_where_sure"][other] for other in ("native", "f16 cache", "torch")]
+        shares += [same[f"{engine} = torch"] for engine in ("llama.cpp", "native", "f16 cache")]
+        errors = [row["relative_error_to_torch"][engine] for engine in ("llama.cpp", "native", "f16 cache")]
+        cells = [*(f"{share:.1%}" for share in shares), *(f"{error:.1e}" for error in errors)]
+        alike.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,
+            "",
+            *alike,
             "",
             f"{row['tokens']:,} tokens of articles in passages of {row['passage']:,}; llama-cpp-python {row['llama_cpp_python']}. "
             f"`python benchmarks/native_parity.py`; {_measured(row['environment'])}.",

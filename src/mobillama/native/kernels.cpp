@@ -180,31 +180,33 @@ void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int fir
     }
 }
 
-// Products of one panel with n <= N vectors.
+// Products of panels with n <= N vectors, from vector v on.
 template <int N>
-void panel_times_up_to(int n, const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
-    if (n == N) return panel_times<N>(m, panel, in, first, sums);
-    if constexpr (N > 1) panel_times_up_to<N - 1>(n, m, panel, in, first, sums);
+void panels_times(int n, const Matrix& m, int first, int last, const Input& in, int v, float* out, int stride, bool add_to) {
+    if constexpr (N > 1)
+        if (n < N) return panels_times<N - 1>(n, m, first, last, in, v, out, stride, add_to);
+    for (int p = first; p < last; p++) {
+        const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
+        V sums[N];
+        panel_times<N>(m, m.data + (size_t)p * m.panel_bytes, in, v, sums);
+        for (int i = 0; i < N; i++) {
+            float* to = out + (size_t)(v + i) * stride + p * PANEL;
+            if (rows == PANEL)
+                store(to, add_to ? add(load(to), sums[i]) : sums[i]);
+            else
+                store_part(to, add_to ? add(load_part(to, rows), sums[i]) : sums[i], rows);
+        }
+    }
 }
 
 void multiply(const Matrix& m, int first, int last, const Input& in, float* out, int stride, bool add_to) {
-    for (int p = first; p < last; p++) {
-        const uint8_t* panel = m.data + (size_t)p * m.panel_bytes;
-        const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
+    if (in.n <= COLUMNS) return panels_times<COLUMNS>(in.n, m, first, last, in, 0, out, stride, add_to);
+    for (int p = first; p < last; p++)  // a panel stays near while all vectors pass by
         for (int v = 0, n; v < in.n; v += n) {
             const int left = in.n - v, passes = (left + COLUMNS - 1) / COLUMNS;
             n = (left + passes - 1) / passes;  // passes of one width, none of them narrow
-            V sums[COLUMNS];
-            panel_times_up_to<COLUMNS>(n, m, panel, in, v, sums);
-            for (int i = 0; i < n; i++) {
-                float* to = out + (size_t)(v + i) * stride + p * PANEL;
-                if (rows == PANEL)
-                    store(to, add_to ? add(load(to), sums[i]) : sums[i]);
-                else
-                    store_part(to, add_to ? add(load_part(to, rows), sums[i]) : sums[i], rows);
-            }
+            panels_times<COLUMNS>(n, m, p, p + 1, in, v, out, stride, add_to);
         }
-    }
 }
 
 void normalise(const float* x, const float* weight, float eps, int n, float* y) {
@@ -371,6 +373,18 @@ void row_of(const Matrix& m, int row, float* out) {
     }
 }
 
+float read_lines(const uint8_t* lines, size_t bytes) {
+    V most[4] = {set(0), set(0), set(0), set(0)};
+    for (size_t i = 0; i + 256 <= bytes; i += 256) {
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            prefetch(lines + i + 64 * j + 4096);
+            most[j] = larger(most[j], load((const float*)(lines + i + 64 * j)));
+        }
+    }
+    return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
 }  // namespace
 
 #define STRING(name) #name
@@ -379,4 +393,4 @@ void row_of(const Matrix& m, int row, float* out) {
 #define TABLE(name) TABLE_OF(name)
 extern const Kernels TABLE(KERNELS);
 const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, refine, gate,
-                                rotate, store_position, softmax, row_of};
+                                rotate, store_position, softmax, row_of, read_lines};

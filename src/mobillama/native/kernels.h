@@ -77,6 +77,8 @@ struct Kernels {
     // Make the first `limit` scores probabilities, times `factors` if there are any, and zero those that follow up to `room`.
     void (*softmax)(float* scores, int limit, int room, const float* factors);
     void (*row)(const Matrix&, int row, float* out);
+    // Load whole lines of 64 bytes and keep their maximum: the bound of whatever streams.
+    float (*read)(const uint8_t* lines, size_t bytes);
 };
 
 static inline int32_t four_codes(const int8_t* codes) {

@@ -227,8 +227,8 @@ public:
     }
 
     // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
-    // measuring. Parts: 1 attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of
-    // the largest matrix.
+    // measuring. Of no tokens: the same weights are read, by the same threads in the same order, and nothing else. Parts: 1
+    // attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of the largest matrix.
     void multiply_only(int parts, int n, float* out) {
         pool.run([&](int t) {
             for (const Layer& layer : layers) {
@@ -256,6 +256,7 @@ private:
         Activations *blocks, *head_blocks;
         Rest* rests;
         int count;
+        float seen;  // by reading alone
     };
     struct Cache {  // of a sequence's layer and head: a key is a row, a value is a column
         Matrix keys, values;
@@ -333,6 +334,11 @@ private:
     }
 
     void multiply_one(int t, const Matrix& m, int n, float* out) {
+        if (!n) {
+            const Range mine = part(m.panels(), t);
+            own[t].seen = kernels.read(m.data + mine.first * m.panel_bytes, (mine.last - mine.first) * m.panel_bytes);
+            return;
+        }
         multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n, nullptr, none}, out, m.rows, false);
     }
 

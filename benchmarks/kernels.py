@@ -5,10 +5,10 @@
 A round times, for each model in another order: the products of a decoded token and nothing else (no norms, attention or
 waiting for other threads), whole and part by part; the same for 8 and for 64 tokens at once; decoding from 64 tokens on, of one
 sequence and of eight together, and from 900 tokens on with keys and values of 8 and of 16 bits; a prefill of 512. The bytes
-that a part touches over its time tell how far its kernel is from the speed at which plain reading goes through memory and
-through the cache, which is measured in each round too. Put models that differ in sharing alone beside each other: the ratio of
-their bare products is what sharing can gain, the ratio of decoding what it does gain. Before, each model is opened in a process
-of its own, which tells the memory that it takes.
+that a part touches over its time tell how far its kernel is from the speed at which the same threads read the same weights in
+the same order and do nothing else, which is measured in each round too. Put models that differ in sharing alone beside each
+other: the ratio of their bare products is what sharing can gain, the ratio of decoding what it does gain. Before, each model is
+opened in a process of its own, which tells the memory that it takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,11 @@ def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict
     found = {f"products of {n}": per_second(n, lambda n=n: engine.multiply_only(n)) for n in (SLOTS, 64)}
     found["products"] = per_second(10, lambda: [engine.multiply_only(1) for _ in range(10)])
     for part, size in bytes_of.items():
-        found[f"bytes of {part}"] = per_second(
-            10 * size, lambda p=part: [engine.multiply_only(1, [p]) for _ in range(10)]
-        )
+        for name, tokens in (("bytes", 1), ("reading", 0)):
+            found[f"{name} of {part}"] = per_second(
+                10 * size, lambda p=part, n=tokens: [engine.multiply_only(n, [p]) for _ in range(10)]
+            )
+    found["reading"] = per_second(10, lambda: [engine.multiply_only(0) for _ in range(10)])
     prompt = list(range(3, FAR + 3))
     for slot in range(SLOTS):
         engine.truncate(slot, 0)
@@ -85,13 +86,6 @@ def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict
         SLOTS * DECODED, lambda: [engine.feed([(s, [t + 3]) for s in range(SLOTS)]) for t in range(DECODED)]
     )
     return found
-
-
-def reading_speed(threads: int, arrays: list[np.ndarray]) -> float:
-    """Return bytes per second read by all threads together."""
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.max, arrays))
-        return per_second(sum(array.nbytes for array in arrays), lambda: list(pool.map(np.max, arrays)))
 
 
 def resident() -> int:
@@ -145,13 +139,8 @@ def main() -> None:
         networks = {ffn for _, ffn in model.shape.layer_weights}
         rows[path.name] |= {"layers": model.shape.num_hidden_layers, "networks": len(networks)}
         del model
-    arrays = [np.ones(32 << 20, np.float32) for _ in range(args.threads)]
-    small = [np.ones((16 << 20) // 4 // args.threads, np.float32) for _ in range(args.threads)]
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
-    limits: dict[str, list[float]] = {"memory": [], "cache": []}
     for turn in range(args.rounds + 1):
-        limits["memory"].append(reading_speed(args.threads, arrays))
-        limits["cache"].append(reading_speed(args.threads, small))
         names = list(engines)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             its = turn_of(*engines[name])
@@ -172,9 +161,7 @@ def main() -> None:
             f"    decode / products {ratios[0]:.2f}; decode of {SLOTS} / of one {ratios[1]:.2f}; {rows[name]['memory']}"
         )
     facts = {"kernels": args.kernels, "threads": args.threads, "rounds": args.rounds, "remark": args.remark}
-    write_json(
-        args.results, {**facts, "reading_bytes_per_second": limits, "models": rows, "environment": environment()}
-    )
+    write_json(args.results, {**facts, "models": rows, "environment": environment()})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 Told are: bits per byte; how often the likeliest token is the same; and how far the logits are from those of the torch model
 that holds the same decoded weights (relative error, mean of passages). ``f16 cache`` is the native engine with keys and values
-of 16 bits, which tells what codes of 8 bits cost. Files have to be ones that stock llama.cpp loads.
+of 16 bits, which tells what codes of 8 bits cost. ``llama.cpp, one by one`` is llama.cpp that takes the same tokens singly, as
+in decoding, instead of 512 at once: how often it then says the same as before is what agreement with it can mean at most.
+``sure``: of the tokens about which it agrees with itself. Files have to be ones that stock llama.cpp loads.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from mobillama.record.environment import environment
 from mobillama.record.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "native-parity.json"
+ONE_BY_ONE = "llama.cpp, one by one"
 
 
 def nats(logits_tv: NDArray[np.float32], ids: list[int]) -> float:
@@ -69,12 +72,16 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     folder = tempfile.TemporaryDirectory()  # what is told to llama.cpp stands beside the file
     link = Path(folder.name) / model.name
     link.symlink_to(model.resolve())
-    llama = Llama(args.llama_python, link, rows, [], native.vocab_size)
+    llamas = {
+        name: Llama(args.llama_python, link, rows, [], native.vocab_size, batch)
+        for name, batch in (("llama.cpp", 512), (ONE_BY_ONE, 1))
+    }
     lost: dict[str, float] = {}
     same: dict[str, int] = {}
+    sure: dict[str, int] = {}
     wrong: dict[str, list[float]] = {}
     for ids in rows:
-        logits = {"llama.cpp": llama.logits(ids)}
+        logits = {name: llama.logits(ids) for name, llama in llamas.items()}
         for name, engine in engines.items():
             engine.truncate(0)
             logits[name] = engine.feed_each(ids)
@@ -82,9 +89,14 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
             lost[name] = lost.get(name, 0.0) + nats(its, ids)
             error = float(np.linalg.norm(its - logits["torch"]) / np.linalg.norm(logits["torch"]))
             wrong.setdefault(name, []).append(error)
-        for pair in itertools.combinations(logits, 2):
-            first, second = (logits[name].argmax(-1) for name in pair)
-            same[", ".join(pair)] = same.get(", ".join(pair), 0) + int((first == second).sum())
+        likeliest = {name: its.argmax(-1) for name, its in logits.items()}
+        for pair in itertools.combinations(likeliest, 2):
+            equal = likeliest[pair[0]] == likeliest[pair[1]]
+            same[" = ".join(pair)] = same.get(" = ".join(pair), 0) + int(equal.sum())
+        agreed = likeliest["llama.cpp"] == likeliest[ONE_BY_ONE]
+        for name in ("native", "f16 cache", "torch"):
+            equal = likeliest[name] == likeliest["llama.cpp"]
+            sure[name] = sure.get(name, 0) + int((equal & agreed).sum())
     lengths = token_lengths(tokenizer)
     size = sum(int(lengths[token]) for ids in rows for token in ids[1:])
     count = len(rows) * args.passage
@@ -93,8 +105,9 @@ def compare(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         "passage": args.passage,
         "bits_per_byte": {name: total / math.log(2) / size for name, total in lost.items()},
         "same_likeliest_token": {pair: number / count for pair, number in same.items()},
+        "same_where_sure": {name: number / same[f"llama.cpp = {ONE_BY_ONE}"] for name, number in sure.items()},
         "relative_error_to_torch": {name: float(np.mean(errors)) for name, errors in wrong.items() if name != "torch"},
-        "llama_cpp_python": llama.facts["llama_cpp"],
+        "llama_cpp_python": llamas["llama.cpp"].facts["llama_cpp"],
         "environment": environment(),
     }
 

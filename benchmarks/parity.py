@@ -43,7 +43,8 @@ def speak_llama(model: str, rows: Path) -> None:
     import llama_cpp
 
     asked = json.loads(rows.read_text())
-    engine = llama_cpp.Llama(model, n_ctx=max(map(len, asked["rows"])), logits_all=True, verbose=False)
+    longest, batch = max(map(len, asked["rows"])), asked["batch"]
+    engine = llama_cpp.Llama(model, n_ctx=longest, n_batch=batch, n_ubatch=batch, logits_all=True, verbose=False)
     tokens = [engine.tokenize(text.encode(), add_bos=False, special=False) for text in asked["texts"]]
     first = json.dumps({"llama_cpp": llama_cpp.__version__, "ids": tokens}).encode()
     sys.stdout.buffer.write(len(first).to_bytes(8, "little") + first)
@@ -56,10 +57,12 @@ def speak_llama(model: str, rows: Path) -> None:
 class Llama:
     """llama.cpp's answers to all passages, read as they come."""
 
-    def __init__(self, python: str, model: Path, rows: list[list[int]], texts: list[str], vocabulary: int) -> None:
+    def __init__(
+        self, python: str, model: Path, rows: list[list[int]], texts: list[str], vocabulary: int, batch: int = 512
+    ) -> None:
         self._vocabulary = vocabulary
-        asked = model.with_suffix(".json")
-        asked.write_text(json.dumps({"rows": rows, "texts": texts}))
+        asked = model.with_suffix(f".{batch}.json")
+        asked.write_text(json.dumps({"rows": rows, "texts": texts, "batch": batch}))
         command = [python, __file__, "--speak-llama", str(model), str(asked)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.facts = json.loads(self._read(int.from_bytes(self._read(8), "little")))

@@ -660,26 +660,27 @@ def native_kernels() -> str:
     """Return the native engine's roofline, and what it makes of it."""
     result = load("kernels")
     lines = [
-        "| model | product | MB a token | from | GB/s |",
-        "|---|---|---:|---|---:|",
+        "| model | product | MB a token | from | GB/s | reading alone | of it |",
+        "|---|---|---:|---|---:|---:|---:|",
     ]
     for name, row in result["models"].items():
         for part, size in row["bytes_touched"].items():
             place = "cache" if part == "network" and row["networks"] == 1 else "memory"
-            speed = row["per_second"][f"bytes of {part}"]["median"]
-            lines.append(f"| {name} | {part} | {size / 1e6:.1f} | {place} | {speed / 1e9:.1f} |")
+            speed, limit = (row["per_second"][f"{kind} of {part}"]["median"] for kind in ("bytes", "reading"))
+            cells = f"{speed / 1e9:.1f} | {limit / 1e9:.1f} | {speed / limit:.0%}"
+            lines.append(f"| {name} | {part} | {size / 1e6:.1f} | {place} | {cells} |")
     lines += [
         "",
-        "| model | products alone | decode | of products | 8 together | of one | at 900 tokens | with 16-bit cache | prefill 512 "
+        "| model | reading alone | products alone | decode | of products | 8 together | of one | at 900 tokens | with 16-bit cache | prefill 512 "
         "| MiB of weights in the file | in memory, loaded | after decoding | at most |",
-        "|---|" + "---:|" * 12,
+        "|---|" + "---:|" * 13,
     ]
     for name, row in result["models"].items():
         its = {key: value["median"] for key, value in row["per_second"].items()}
         memory = row["memory"]
         sizes = [memory[key] / 2**20 for key in ("weights", "loaded", "decoded", "peak")]
         lines.append(
-            f"| {name} | {its['products']:.1f} | {its['decode']:.1f} | {row['decode_of_products']:.2f} | {its['decode 8']:.1f} "
+            f"| {name} | {its['reading']:.1f} | {its['products']:.1f} | {its['decode']:.1f} | {row['decode_of_products']:.2f} | {its['decode 8']:.1f} "
             f"| {row['decode_8_of_decode']:.2f} | {its['decode far']:.1f} | {its['decode far, 16 bits']:.1f} "
             f"| {its['prefill 512']:.1f} | {sizes[0]:.1f} | {sizes[1]:.1f} ({sizes[1] / sizes[0]:.3f}) | {sizes[2]:.1f} "
             f"| {sizes[3]:.1f} |"
@@ -691,7 +692,7 @@ def native_kernels() -> str:
             "",
             f"Medians of {result['rounds']} rounds, tokens/s where nothing else is said; {result['kernels']}, {result['threads']} "
             f"threads{remark}. Memory is what the process takes more than before it opened the model, mapped pages among it. "
-            "The machine's own limit is not shown: numpy's reading, recorded beside, is slower than these kernels. "
+            "Reading alone: the same threads load the same weights in the same order and do nothing else. "
             f"`python benchmarks/kernels.py`; {_measured(result['environment'])}.",
         ]
     )
@@ -700,20 +701,32 @@ def native_kernels() -> str:
 def native_parity() -> str:
     """Return how the native engine compares with llama.cpp and torch on real text."""
     lines = [
-        "| file | bits per byte: torch | llama.cpp | native | beside llama.cpp | with 16-bit cache "
-        "| same likeliest token: native, llama.cpp | llama.cpp, torch | native, torch |",
-        "|---|" + "---:|" * 8,
+        "| file | bits per byte: torch | llama.cpp | native | beside llama.cpp | 16-bit cache |",
+        "|---|" + "---:|" * 5,
+    ]
+    alike = [
+        "| file | likeliest token as llama.cpp's: llama.cpp, one by one | native | 16-bit cache | torch "
+        "| where llama.cpp is sure: native | 16-bit cache | torch "
+        "| as torch's: llama.cpp | native | 16-bit cache | relative error of logits: llama.cpp | native | 16-bit cache |",
+        "|---|" + "---:|" * 13,
     ]
     for name, row in load("native-parity").items():
         bits, same = row["bits_per_byte"], row["same_likeliest_token"]
         lines.append(
             f"| {name} | {bits['torch']:.4f} | {bits['llama.cpp']:.4f} | {bits['native']:.4f} "
-            f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} | {same['llama.cpp, native']:.1%} "
-            f"| {same['llama.cpp, torch']:.1%} | {same['native, torch']:.1%} |"
+            f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} |"
         )
+        shares = [same[f"llama.cpp = {other}"] for other in ("llama.cpp, one by one", "native", "f16 cache", "torch")]
+        shares += [row["same_where_sure"][other] for other in ("native", "f16 cache", "torch")]
+        shares += [same[f"{engine} = torch"] for engine in ("llama.cpp", "native", "f16 cache")]
+        errors = [row["relative_error_to_torch"][engine] for engine in ("llama.cpp", "native", "f16 cache")]
+        cells = [*(f"{share:.1%}" for share in shares), *(f"{error:.1e}" for error in errors)]
+        alike.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
             *lines,
+            "",
+            *alike,
             "",
             f"{row['tokens']:,} tokens of articles in passages of {row['passage']:,}; llama-cpp-python {row['llama_cpp_python']}. "
             f"`python benchmarks/native_parity.py`; {_measured(row['environment'])}.",

@@ -148,7 +148,7 @@ class NativeBatchEngine:
         """Do matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
 
         Args:
-            tokens: number of vectors that each matrix is multiplied with, at most a chunk.
+            tokens: number of vectors that each matrix is multiplied with, at most a chunk; 0: weights are read and no more.
             parts: attention, network, head.
         """
         mask = sum(_PARTS[part] for part in parts)

@@ -92,6 +92,28 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
     for (int v = 0; v < N; v++) sums[v] = acc[v];
 }
 
+// Add the products with a vector's rests. Not inline: it must not take registers from the loops above.
+template <class Format>
+__attribute__((noinline)) void add_rests(const uint8_t* panel, const Rest* rests, int n, V* sum) {
+    constexpr Layout layout = layout_of(Format::kind);
+    V acc = *sum;
+    for (int r = 0; r < n; r++) {
+        const int g = rests[r].group;
+        const Activations& x = rests[r].block;
+        const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
+        I whole = Format::start(x);
+        UNROLL
+        for (int i = 0; i < 8; i++)
+            whole = Format::times(whole, Format::codes(pair + layout.codes + g % 2 * layout.block_bytes, i), x.codes + 4 * i);
+        acc = fma(to_float(whole), mul(load_half(pair + g % 2 * 32), set(x.scale)), acc);
+        if (Format::kind == Q4_1) {
+            const V minimum = load_half(pair + layout.minima + g % 2 * 32);
+            acc = fma(minimum, set(x.scale * -0.125f * (float)x.minus_eight_sums), acc);
+        }
+    }
+    *sum = acc;
+}
+
 // The same in floats: what the 8-bit products are compared with.
 template <class Format>
 void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, int n, V* sums) {
@@ -115,6 +137,13 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
     }
 }
 
+template <class Format, int N>
+inline void panel_in_blocks(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
+    quantized_panel<Format, N>(panel, m.columns / BLOCK, in.blocks + first, in.n, sums);
+    for (int v = 0; v < N; v++)
+        if (const int n = in.counts[first + v]) add_rests<Format>(panel, in.rests + (size_t)(first + v) * in.room, n, sums + v);
+}
+
 inline V load_number(const uint8_t* p, Kind kind) {
     return kind == F32 ? load((const float*)p) : kind == F16 ? load_half(p) : load_bfloat(p);
 }
@@ -135,49 +164,49 @@ inline void float_panel(const uint8_t* panel, int columns, const float* x, int s
 template <int N>
 void panel_times(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
     const float* x = in.floats ? in.floats + (size_t)first * in.stride : nullptr;
-    const Activations* blocks = in.blocks ? in.blocks + first : nullptr;
-    const int groups = m.columns / BLOCK;
     switch (m.kind) {
         case Q4_0:
-            return blocks ? quantized_panel<Q4, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q4, N>(m, panel, in, first, sums)
+                             : exact_panel<Q4>(panel, m.columns, x, in.stride, N, sums);
         case Q4_1:
-            return blocks ? quantized_panel<Q4WithMinimum, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q4WithMinimum>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q4WithMinimum, N>(m, panel, in, first, sums)
+                             : exact_panel<Q4WithMinimum>(panel, m.columns, x, in.stride, N, sums);
         case Q8_0:
-            return blocks ? quantized_panel<Q8, N>(panel, groups, blocks, in.n, sums)
-                          : exact_panel<Q8>(panel, m.columns, x, in.stride, N, sums);
+            return in.blocks ? panel_in_blocks<Q8, N>(m, panel, in, first, sums)
+                             : exact_panel<Q8>(panel, m.columns, x, in.stride, N, sums);
         case F32: return float_panel<F32, N>(panel, m.columns, x, in.stride, sums);
         case F16: return float_panel<F16, N>(panel, m.columns, x, in.stride, sums);
         case BF16: return float_panel<BF16, N>(panel, m.columns, x, in.stride, sums);
     }
 }
 
-// Products of one panel with n <= N vectors.
+// Products of panels with n <= N vectors, from vector v on.
 template <int N>
-void panel_times_up_to(int n, const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
-    if (n == N) return panel_times<N>(m, panel, in, first, sums);
-    if constexpr (N > 1) panel_times_up_to<N - 1>(n, m, panel, in, first, sums);
+void panels_times(int n, const Matrix& m, int first, int last, const Input& in, int v, float* out, int stride, bool add_to) {
+    if constexpr (N > 1)
+        if (n < N) return panels_times<N - 1>(n, m, first, last, in, v, out, stride, add_to);
+    for (int p = first; p < last; p++) {
+        const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
+        V sums[N];
+        panel_times<N>(m, m.data + (size_t)p * m.panel_bytes, in, v, sums);
+        for (int i = 0; i < N; i++) {
+            float* to = out + (size_t)(v + i) * stride + p * PANEL;
+            if (rows == PANEL)
+                store(to, add_to ? add(load(to), sums[i]) : sums[i]);
+            else
+                store_part(to, add_to ? add(load_part(to, rows), sums[i]) : sums[i], rows);
+        }
+    }
 }
 
 void multiply(const Matrix& m, int first, int last, const Input& in, float* out, int stride, bool add_to) {
-    for (int p = first; p < last; p++) {
-        const uint8_t* panel = m.data + (size_t)p * m.panel_bytes;
-        const int rows = m.rows - p * PANEL < PANEL ? m.rows - p * PANEL : PANEL;
+    if (in.n <= COLUMNS) return panels_times<COLUMNS>(in.n, m, first, last, in, 0, out, stride, add_to);
+    for (int p = first; p < last; p++)  // a panel stays near while all vectors pass by
         for (int v = 0, n; v < in.n; v += n) {
             const int left = in.n - v, passes = (left + COLUMNS - 1) / COLUMNS;
             n = (left + passes - 1) / passes;  // passes of one width, none of them narrow
-            V sums[COLUMNS];
-            panel_times_up_to<COLUMNS>(n, m, panel, in, v, sums);
-            for (int i = 0; i < n; i++) {
-                float* to = out + (size_t)(v + i) * stride + p * PANEL;
-                if (rows == PANEL)
-                    store(to, add_to ? add(load(to), sums[i]) : sums[i]);
-                else
-                    store_part(to, add_to ? add(load_part(to, rows), sums[i]) : sums[i], rows);
-            }
+            panels_times<COLUMNS>(n, m, p, p + 1, in, v, out, stride, add_to);
         }
-    }
 }
 
 void normalise(const float* x, const float* weight, float eps, int n, float* y) {
@@ -204,6 +233,23 @@ void quantize(const float* x, int n, Activations* blocks, int stride) {
         const int second = store_codes(blocks->codes + 16, code(mul(b, inverse)));
         blocks->minus_eight_sums = -8 * (first + second);
     }
+}
+
+int refine(const float* x, int n, const Activations* blocks, int stride, Rest* rests) {
+    const int groups = n / BLOCK;
+    float total = 0;
+    for (int g = 0; g < groups; g++) total += blocks[(size_t)g * stride].scale;
+    const float least = FAR_ABOVE * total / (float)groups;
+    int count = 0;
+    for (int g = 0; g < groups; g++) {
+        const Activations& block = blocks[(size_t)g * stride];
+        if (!(block.scale > least)) continue;
+        float left[BLOCK];
+        for (int i = 0; i < BLOCK; i++) left[i] = x[g * BLOCK + i] - (float)block.codes[i] * block.scale;
+        rests[count].group = g;
+        quantize(left, BLOCK, &rests[count++].block, 1);
+    }
+    return count;
 }
 
 inline V silu_times(V gate, V up) {
@@ -327,6 +373,18 @@ void row_of(const Matrix& m, int row, float* out) {
     }
 }
 
+float read_lines(const uint8_t* lines, size_t bytes) {
+    V most[4] = {set(0), set(0), set(0), set(0)};
+    for (size_t i = 0; i + 256 <= bytes; i += 256) {
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            prefetch(lines + i + 64 * j + 4096);
+            most[j] = larger(most[j], load((const float*)(lines + i + 64 * j)));
+        }
+    }
+    return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
 }  // namespace
 
 #define STRING(name) #name
@@ -334,4 +392,5 @@ void row_of(const Matrix& m, int row, float* out) {
 #define TABLE_OF(name) kernels_##name
 #define TABLE(name) TABLE_OF(name)
 extern const Kernels TABLE(KERNELS);
-const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, gate, rotate, store_position, softmax, row_of};
+const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, refine, gate,
+                                rotate, store_position, softmax, row_of, read_lines};

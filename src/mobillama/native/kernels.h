@@ -37,13 +37,24 @@ struct Activations {
     int32_t minus_eight_sums;
 };
 
+// What 8 bits left of block `group` of a vector, in 8 bits again. Blocks whose scale is far above the vector's mean have one:
+// few blocks make most of the rounding error, those that an outlier stands in.
+struct Rest {
+    int32_t group;
+    Activations block;
+};
+constexpr float FAR_ABOVE = 3;  // times the mean scale
+
 // What a matrix is multiplied with: n vectors, as floats (vector v at floats + v * stride) and, for quantized matrices
-// unless `blocks` is null, as blocks (block g of vector v at blocks[g * n + v]).
+// unless `blocks` is null, as blocks (block g of vector v at blocks[g * n + v]) and their rests (counts[v] from rests + v * room).
 struct Input {
     const float* floats;
     int stride;
     Activations* blocks;
     int n;
+    Rest* rests;
+    int* counts;
+    int room;
 };
 
 struct Kernels {
@@ -54,6 +65,8 @@ struct Kernels {
     void (*normalise)(const float* x, const float* weight, float eps, int n, float* y);
     // blocks[g * stride] = block g of x
     void (*quantize)(const float* x, int n, Activations* blocks, int stride);
+    // Write the rests of x, of which these are the blocks; return how many.
+    int (*refine)(const float* x, int n, const Activations* blocks, int stride, Rest* rests);
     // gate = silu(gate) * up
     void (*gate)(float* gate, const float* up, int n);
     // Rotate the pairs (x[i], x[i + n/2]), then multiply with a scale.
@@ -64,6 +77,8 @@ struct Kernels {
     // Make the first `limit` scores probabilities, times `factors` if there are any, and zero those that follow up to `room`.
     void (*softmax)(float* scores, int limit, int room, const float* factors);
     void (*row)(const Matrix&, int row, float* out);
+    // Load whole lines of 64 bytes and keep their maximum: the bound of whatever streams.
+    float (*read)(const uint8_t* lines, size_t bytes);
 };
 
 static inline int32_t four_codes(const int8_t* codes) {

@@ -186,8 +186,10 @@ public:
         sine = allocate_floats((size_t)CHUNK * shape.head_width / 2);
         shared = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
+        rest_room = (int)blocks;
+        rests = (Rest*)allocate(CHUNK * blocks * sizeof(Rest));
         cache = (uint8_t*)allocate(cache_bytes());
-        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && cache;
+        bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && rests && cache;
         for (int t = 0; t < pool.size(); t++) {
             own.push_back({});
             own[t].scores = allocate_floats((size_t)QUERIES * room);
@@ -196,7 +198,9 @@ public:
             own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
             own[t].heads = allocate_floats((size_t)2 * QUERIES * padded(shape.head_width, PANEL));
             own[t].head_blocks = (Activations*)allocate((size_t)QUERIES * room / BLOCK * sizeof(Activations));
-            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads && own[t].head_blocks;
+            own[t].rests = (Rest*)allocate(blocks * sizeof(Rest));
+            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads;
+            complete &= own[t].head_blocks && own[t].rests;
         }
         if (!complete) return false;
         for (int i = 0; i < shape.head_width / 2; i++)
@@ -223,8 +227,8 @@ public:
     }
 
     // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
-    // measuring. Parts: 1 attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of
-    // the largest matrix.
+    // measuring. Of no tokens: the same weights are read, by the same threads in the same order, and nothing else. Parts: 1
+    // attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of the largest matrix.
     void multiply_only(int parts, int n, float* out) {
         pool.run([&](int t) {
             for (const Layer& layer : layers) {
@@ -250,6 +254,9 @@ private:
     struct Own {  // of a thread
         float *scores, *pair, *normed, *heads;
         Activations *blocks, *head_blocks;
+        Rest* rests;
+        int count;
+        float seen;  // by reading alone
     };
     struct Cache {  // of a sequence's layer and head: a key is a row, a value is a column
         Matrix keys, values;
@@ -308,9 +315,8 @@ private:
             pool.barrier();
             widen(t, layer, normalised(t, x, shape.width, n, &vectors[layer.ffn_norm]));
             pool.barrier();
-            const bool floats = !takes_blocks(matrices[layer.down]);
-            multiply(t, matrices[layer.down], {floats ? gated : nullptr, shape.inner, floats ? nullptr : inner, n}, x,
-                     shape.width, true);
+            const Matrix& down = matrices[layer.down];
+            multiply(t, down, widened(t, n, down), x, shape.width, true);
             pool.barrier();
         }
         if (wanted.empty()) return;
@@ -328,7 +334,12 @@ private:
     }
 
     void multiply_one(int t, const Matrix& m, int n, float* out) {
-        multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n}, out, m.rows, false);
+        if (!n) {
+            const Range mine = part(m.panels(), t);
+            own[t].seen = kernels.read(m.data + mine.first * m.panel_bytes, (mine.last - mine.first) * m.panel_bytes);
+            return;
+        }
+        multiply(t, m, {m.columns > shape.width ? gated : x, m.columns, inner, n, nullptr, none}, out, m.rows, false);
     }
 
     // n vectors, normalised if a norm is given, as floats and as blocks; `rows`: which ones, if not the first. Of one
@@ -336,17 +347,43 @@ private:
     Input normalised(int t, const float* from, int width, int n, const std::vector<float>* norm, const int* rows = nullptr) {
         const bool alone = n == 1;
         float* to = alone ? own[t].normed : normed;
-        Activations* blocks = alone ? own[t].blocks : shared;
+        Input in{norm ? to : from, width, alone ? own[t].blocks : shared, n};
+        give_room(t, in);
         for (int c = alone ? 0 : t; c < n; c += alone ? 1 : pool.size()) {
             const float* vector = from + (size_t)(rows ? rows[c] : c) * width;
             if (norm) {
                 kernels.normalise(vector, norm->data(), shape.eps, width, to + (size_t)c * width);
                 vector = to + (size_t)c * width;
             }
-            kernels.quantize(vector, width, blocks + c, n);
+            kernels.quantize(vector, width, in.blocks + c, n);
+            refine(in, c, vector, width);
         }
         if (!alone) pool.barrier();
-        return {norm ? to : from, width, width % BLOCK ? nullptr : blocks, n};
+        if (width % BLOCK) in.blocks = nullptr;
+        return in;
+    }
+
+    // The network's inner activations, whose blocks are made, with their rests.
+    Input widened(int t, int n, const Matrix& down) {
+        Input in{gated, shape.inner, inner, n};
+        give_room(t, in);
+        if (!takes_blocks(down)) return in;
+        const bool alone = n == 1;
+        for (int c = alone ? 0 : t; c < n; c += alone ? 1 : pool.size())
+            refine(in, c, gated + (size_t)c * shape.inner, shape.inner);
+        if (!alone) pool.barrier();
+        return in;
+    }
+
+    void refine(Input& in, int c, const float* vector, int width) {
+        in.counts[c] = kernels.refine(vector, width, in.blocks + c, in.n, in.rests + (size_t)c * in.room);
+    }
+
+    // For the rests: a thread's own where it makes them of one vector.
+    void give_room(int t, Input& in) {
+        in.rests = in.n == 1 ? own[t].rests : rests;
+        in.counts = in.n == 1 ? &own[t].count : counts;
+        in.room = rest_room;
     }
 
     // Normalise and rotate queries and keys; put keys and values into the cache.
@@ -382,15 +419,15 @@ private:
             for (int j = 0; j < n; j++) memcpy(its_queries + j * d, row_of(j, qkv, qkv_width), d * sizeof(float));
             const Cache its = cache_of(places[first / group].slot, l, key_head, positions);
             const int seen = its.values.columns;
-            multiply_rows(its.keys, {its_queries, d, mine.head_blocks, n}, mine.scores, seen);
+            multiply_rows(its.keys, {its_queries, d, mine.head_blocks, n, nullptr, none}, mine.scores, seen);
             for (int j = 0; j < n; j++)
                 kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, its.scales);
-            multiply_rows(its.values, {mine.scores, seen, mine.head_blocks, n}, sums, d);
+            multiply_rows(its.values, {mine.scores, seen, mine.head_blocks, n, nullptr, none}, sums, d);
             for (int j = 0; j < n; j++) memcpy(row_of(j, mixed, queries), sums + j * d, d * sizeof(float));
         }
     }
 
-    // All of a thread's own product; where it takes blocks, they are made.
+    // All of a thread's own product; where it takes blocks, they are made, without rests: queries and probabilities gain little.
     void multiply_rows(const Matrix& m, Input in, float* out, int stride) {
         if (takes_blocks(m))
             for (int v = 0; v < in.n; v++) kernels.quantize(in.floats + (size_t)v * in.stride, m.columns, in.blocks + v, in.n);
@@ -413,10 +450,8 @@ private:
             multiply_panels(up, first, last, in, ups - row);
             for (int c = 0; c < in.n; c++) {
                 kernels.gate(gates + c * BLOCK, ups + c * BLOCK, rows);
-                if (blocks)
-                    kernels.quantize(gates + c * BLOCK, BLOCK, inner + (size_t)pair * in.n + c, 1);
-                else
-                    memcpy(gated + (size_t)c * shape.inner + row, gates + c * BLOCK, rows * sizeof(float));
+                if (blocks) kernels.quantize(gates + c * BLOCK, BLOCK, inner + (size_t)pair * in.n + c, 1);
+                memcpy(gated + (size_t)c * shape.inner + row, gates + c * BLOCK, rows * sizeof(float));
             }
         }
     }
@@ -454,6 +489,8 @@ private:
     std::vector<float> frequencies;
     float *x, *normed, *qkv, *mixed, *gated, *cosine, *sine;
     Activations *shared, *inner;
+    Rest* rests;
+    int counts[CHUNK], none[CHUNK] = {}, rest_room = 0;
     uint8_t* cache = nullptr;
 };
 

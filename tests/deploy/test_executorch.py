@@ -17,11 +17,13 @@ from mobillama.deploy.gguf import export_gguf
 from mobillama.directory import save_model
 from mobillama.engine.blocks import Q4_0, decode, encode
 from mobillama.engine.load import load_engine
+from mobillama.engine.torch_gguf import load_gguf
 from mobillama.engine.weights import EMBEDDING
 from mobillama.errors import UsageError, VerificationError
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig
 
+TEXT = "The ship was old, and the captain slept."
 installed = pytest.mark.skipif(find_spec("executorch") is None, reason="needs pip install 'mobillama[executorch]'")
 
 
@@ -32,6 +34,12 @@ def directory_of(tokenizer_path, path, **changes):
     initialise(built, config, 0)
     save_model(path, config, built.state_dict(), load_tokenizer(tokenizer_path))
     return path
+
+
+def ids_of(kind, path):
+    tokenizer = getattr(pytest.importorskip("pytorch_tokenizers"), kind)()
+    tokenizer.load(str(path))
+    return list(tokenizer.encode(TEXT, 0, 0))
 
 
 def test_groups_get_positive_scales_at_little_cost():
@@ -74,13 +82,10 @@ def test_an_export_is_compared_recorded_and_run(tokenizer_path, tmp_path):
     assert facts["shared"] and facts["type"] == "8da4w" and facts["bytes"] == out.stat().st_size
     assert facts["parity"]["tokens"] == 1024 and facts["parity"]["kl_nats_per_token"] < 0.3
     assert 0 < facts["parity_on_the_same_numbers"]["kl_nats_per_token"] < 1e-3
-    from pytorch_tokenizers import CppHFTokenizer
-
-    theirs, ours = CppHFTokenizer(), load_tokenizer(tokenizer_path)
-    theirs.load(str(tmp_path / "m.pte.tokenizer.json"))
-    text = "The ship was old, and the captain slept."
-    assert theirs.encode(text) == ours.encode([text])[0]
-    for taken in (out, tmp_path / "m.pte.json", tmp_path / "m.pte.tokenizer.json"):
+    assert (
+        ids_of("CppSPTokenizer", tmp_path / "m.pte.tokenizer.model") == load_tokenizer(tokenizer_path).encode([TEXT])[0]
+    )
+    for taken in (out, tmp_path / "m.pte.json", tmp_path / "m.pte.tokenizer.model"):
         others = tmp_path / f"only-{taken.name}"
         others.mkdir()
         (others / taken.name).touch()
@@ -111,6 +116,7 @@ def test_codes_of_a_quantized_source_with_a_tied_head_survive(tokenizer_path, tm
     export_gguf(directory_of(tokenizer_path, tmp_path / "model", tie_word_embeddings=True), gguf, Q4_0)
     facts = export_executorch(gguf, tmp_path / "m.pte", tokens=200)
     assert facts["parity"]["tokens"] == 200 and facts["parity"]["kl_nats_per_token"] < 0.02
+    assert ids_of("CppHFTokenizer", tmp_path / "m.pte.tokenizer.json") == load_gguf(gguf)[1].encode([TEXT])[0]
 
 
 @installed

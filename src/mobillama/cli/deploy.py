@@ -83,7 +83,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument(
         "out",
         type=new_path,
-        help="the .pte file to make; the check's figures go to OUT.json, the tokenizer to OUT.tokenizer.json",
+        help="the .pte file to make; the check's figures go to OUT.json, the tokenizer to OUT.tokenizer.model or .json",
     )
     verb.add_argument(
         "--type",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mobillama.data.tokenizer import JSON_FILE, Tokenizer, save_tokenizer
+from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer, save_tokenizer
 from mobillama.deploy.executorch_program import MOST_TOKENS, Program, Rounded, load_operators, write_program
 from mobillama.deploy.gguf import record_of
 from mobillama.deploy.parity import Comparison, Parity, passages, torch_logits
@@ -49,8 +49,8 @@ def export_executorch(
 
     Args:
         source: a model directory or a GGUF file.
-        out: the ``.pte`` file to make; the figures are recorded beside it as ``OUT.json``, and ``OUT.tokenizer.json`` is the
-            tokenizer, which ExecuTorch's runners take.
+        out: the ``.pte`` file to make; the figures are recorded beside it as ``OUT.json``, and ``OUT.tokenizer.model`` or
+            ``.json`` is the tokenizer, as ExecuTorch's runners take it.
         kind: of matrices: ``8da4w`` (4 bits in groups of 32, activations rounded to 8 bits; the head has 8) or ``float32``.
         context: tokens that the cache has places for; None: as the model was made for.
         tokens: predictions that are compared.
@@ -66,9 +66,9 @@ def export_executorch(
         VerificationError: the program computes something else than rounding explains; nothing is kept.
     """
     load_operators()
-    record, words = record_of(out), out.with_name(f"{out.name}.{JSON_FILE}")
-    refuse_existing(out, record, words)
     opened = Source.open(source)
+    record, words = record_of(out), out.with_name(f"{out.name}.{_tokenizer_file(opened.tokenizer)}")
+    refuse_existing(out, record, words)
     shape = with_context(opened.shape, context)
     check_memory(source, shape)
     if kind == "8da4w":
@@ -120,9 +120,7 @@ def _rounded(source: Source, place: Path) -> dict[str, Tensor | Rounded]:
     blocks = encode_weights(wanted, Q4_0, Q4_0)
     kept = {name: its for name, its in (source.encoded or {}).items() if name in blocks and its.kind == Q4_0}
     blocks = source.checked(blocks | kept, place)
-    weights: dict[str, Tensor | Rounded] = {
-        name: weight.float() for name, weight in source.weights.items() if name not in blocks
-    }
+    weights: dict[str, Tensor | Rounded] = {name: its.float() for name, its in source.weights.items() if its.dim() == 1}
     weights[head] = Rounded.by_row(source.weights[head])
     for name, tensor in blocks.items():
         rounded = Rounded.of_blocks(tensor.rows)
@@ -157,8 +155,15 @@ def _compared(expected: Passages, given: Passages, rows: Rows, tokenizer: Tokeni
     return comparison.result()
 
 
+def _tokenizer_file(tokenizer: Tokenizer) -> str:
+    """Return the name of the file that ExecuTorch's runners take.
+
+    They read a ``tokenizer.json`` too, but put out its pieces one by one without the space before a word.
+    """
+    return MODEL_FILE if isinstance(tokenizer, SentencePieceTokenizer) else JSON_FILE
+
+
 def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, replaced_file(path) as work:
         save_tokenizer(tokenizer, Path(folder))
-        with replaced_file(path) as work:
-            shutil.copyfile(Path(folder) / JSON_FILE, work)
+        shutil.copyfile(Path(folder) / _tokenizer_file(tokenizer), work)

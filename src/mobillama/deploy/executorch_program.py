@@ -197,7 +197,7 @@ def write_program(
     most = min(context, MOST_TOKENS)
     example = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     tokens = torch.export.Dim("tokens", min=1, max=most)
-    with torch.no_grad(), warnings.catch_warnings():
+    with path.open("wb") as file, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what both libraries will change in themselves
         exported = torch.export.export(
             _Program(shape, weights).eval(), example, dynamic_shapes=({1: tokens}, None), strict=False
@@ -224,7 +224,6 @@ def write_program(
                 sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
             )
         )
-    with path.open("wb") as file:
         program.write_to_file(file)
 
 

@@ -142,7 +142,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(tokenizer_path, tmp_pa
 
 def test_a_context_that_fits_no_memory_is_refused_before_anything_is_made(tokenizer_path, tmp_path, monkeypatch):
     source = directory_of(tokenizer_path, tmp_path / "model")
-    monkeypatch.setattr("mobillama.deploy.onnx.memory_bytes", lambda: 4 * 128 * (2 * 3 * 64 + 16) - 1)
+    monkeypatch.setattr("mobillama.deploy.source.memory_bytes", lambda: 4 * 128 * (2 * 3 * 64 + 16) - 1)
     with pytest.raises(UsageError, match=r"context of 128 tokens does not fit the memory; give --context"):
         export_onnx(source, tmp_path / "out")
     assert export_onnx(source, tmp_path / "out", context=64, tokens=50)["context"] == 64

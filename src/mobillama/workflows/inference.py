@@ -138,7 +138,8 @@ def show_inference(result: dict[str, Any]) -> None:
     contexts = sorted({row["generate"]["context"] for row in rows if row["generate"]})
     note(
         "load adds: resident memory once the model is open, less that of the process with its libraries; of a file that is "
-        "mapped, little is there yet. and a prompt: once a prompt of 64 is taken in. peak RSS: of the measuring process. generate: the peak of 'mobillama generate' as a process of its own, "
+        "mapped, little is there yet. and a prompt: once a prompt of 64 is taken in. peak RSS: of the measuring process. "
+        "generate: the peak of 'mobillama generate' as a process of its own, "
         f"over {', '.join(f'{its:,}' for its in contexts)} tokens of prompt and answer."
     )
     columns = ["first token s", "load ms", "init ms", "forward ms", "J / 1,000 tokens"]

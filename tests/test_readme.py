@@ -40,16 +40,14 @@ def test_tables_are_generated_from_the_recorded_results(name):
     assert tool().replaced(text, name, block()) == text
 
 
-def test_scores_of_two_suites_stand_in_one_table_only_if_they_are_of_one_model(monkeypatch):
+def test_scores_of_suites_stand_in_one_table_only_if_they_are_of_one_model(monkeypatch):
     docs = tool()
     load = docs.load
-    monkeypatch.setattr(docs, "load", lambda name: load(name) | {"key": {"model": "one", "suite": name}})
-    joined = docs.evaluation_scores()
-    monkeypatch.setattr(docs, "load", lambda name: load(name) | {"key": {"model": name, "suite": name}})
-    alone = docs.evaluation_scores()
-    assert "`quick`" in joined and "--suite evaluation-quick" in joined
-    assert "`quick`" not in alone and "evaluation-quick" not in alone and "`paper`" in alone
-    assert {line.count("|") for line in joined.splitlines()[:12]} == {8}
+    rows = docs.evaluation_scores().splitlines()[:12]
+    assert "`paper` | `today` | `quick`" in rows[0] and {row.count("|") for row in rows} == {9}
+    monkeypatch.setattr(docs, "load", lambda name: load(name) | {"key": {"model": name}})
+    with pytest.raises(SystemExit, match="of different models"):
+        docs.evaluation_scores()
 
 
 def test_the_two_commands_are_targets_and_the_links_lead_somewhere():

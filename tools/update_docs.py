@@ -283,22 +283,30 @@ def evaluation_speed() -> str:
 
 
 def _decisions(results: dict[str, Any]) -> list[str]:
-    """Return the decisions of both adapters by benchmark, of the results that count them so."""
-    lines: list[str] = []
-    for result in results.values():
-        for precision in ("float32", "bfloat16"):
-            for name, facts in result.get(precision, {}).get("by_benchmark", {}).items():
-                if facts["metric"] == "mc2":
-                    said = f"{facts['ours']:.4f} · {facts['stock']:.4f} | {facts['largest_difference']:.1e} at most | |"
-                else:
-                    said = (
-                        f"{facts['decisions_that_differ']} | {facts['of_them_not_within_1e-4']} "
-                        f"| {facts['ties_ours']} · {facts['ties_stock']} |"
-                    )
-                about = f"{result['model']} · {result['device']} · {precision}"
-                lines.append(f"| {about} | {name}, {facts['metric']} | {facts['questions']:,} | {said}")
-    head = "| | benchmark, metric | questions | decisions that differ | by more than 1e-4 | ties: ours · HFLM |"
-    return ["", head, "|---|---|" + "---:|" * 4, *lines] if lines else []
+    """Return how both adapters judge each benchmark's questions, a column for each model and precision on a GPU."""
+    compared = {
+        f"{result['model']}, {precision}": result[precision]["by_benchmark"]
+        for result in results.values()
+        for precision in ("float32", "bfloat16")
+        if precision in result and result["device"] != "CPU"
+    }
+    lines = [
+        f"| decisions that differ · by more than 1e-4 | {' | '.join(compared)} |",
+        "|---|" + "---:|" * len(compared),
+    ]
+    first = next(iter(compared.values()))
+    for name, facts in first.items():
+        cells = []
+        for its in (found[name] for found in compared.values()):
+            if facts["metric"] == "mc2":
+                cells.append(f"{its['ours']:.4f} · {its['stock']:.4f}")
+                continue
+            ties = f"; ties {its['ties_ours']} · {its['ties_stock']}" if its["ties_ours"] or its["ties_stock"] else ""
+            differ, beyond = its["decisions_that_differ"], its["of_them_not_within_1e-4"]
+            cells.append(f"{differ} · {beyond} of {its['questions']:,}{ties}")
+        lines.append(f"| {name}, {facts['metric']} | {' | '.join(cells)} |")
+    note = "Ties are questions whose best choices are equal, and mc2 is the mean itself: ours · HFLM."
+    return ["", *lines, "", note]
 
 
 # SmolLM2-135M-Instruct's own model card: lighteval, no examples, unquantized weights.

@@ -7,7 +7,8 @@
 
 ``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
 one machine, one after another: a fixed number of questions of each benchmark through both adapters in float32, where rounding
-hides nothing; those and a fixed share of all questions through both in bfloat16; the whole suite through ours. Decisions are
+hides nothing, and where they are farthest apart, each request alone in float64, which tells whose rounding it is; those and
+a fixed share of all questions through both in bfloat16; the whole suite through ours. Decisions are
 those of each benchmark's own metric.
 """
 
@@ -41,6 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 CONTEXT = 2048
 SEED = 0
 TIE = 1e-4  # decisions may differ where the best two are nearer than this
+REFEREED = 20  # requests farthest apart in float32 that are scored again in float64
 
 
 def write_tokens(args: argparse.Namespace) -> None:
@@ -260,6 +262,36 @@ def _compare_probabilities(metric: str, ours: Pieces, stock: Pieces, truths: Pie
     }
 
 
+@torch.inference_mode()
+def referee(model: Any, questions: Questions, requests: NDArray[np.int64], ours: Any, stock: Any) -> dict[str, Any]:
+    """Score the requests on which two adapters are farthest apart alone and in float64; return how far each is from that."""
+    sequences, _, _ = to_sequences(questions.encoded, CONTEXT)
+    apart = np.abs(ours["logprobs"] - stock["logprobs"])
+    worst = np.argsort(-apart)[:REFEREED]
+    model, names, found = model.double(), list(questions.metrics), []
+    for place in worst:
+        sequence = sequences[requests[place]]
+        ids_t = torch.from_numpy(sequence.ids.astype(np.int64)).to(model.device)
+        logits_tv = model(ids_t[None, :-1]).logits[0, -sequence.scored :].double()
+        targets_t = ids_t[-sequence.scored :, None]
+        exact = float((logits_tv.gather(1, targets_t)[:, 0] - logits_tv.logsumexp(1)).sum())
+        found.append(
+            {
+                "benchmark": names[questions.benchmark_n[requests[place]]],
+                "tokens": len(sequence.ids),
+                "scored": sequence.scored,
+                "logprob": exact,
+                "ours": float(ours["logprobs"][place] - exact),
+                "stock": float(stock["logprobs"][place] - exact),
+            }
+        )
+    return {
+        "requests": found,
+        "largest_error_ours": max(abs(facts["ours"]) for facts in found),
+        "largest_error_stock": max(abs(facts["stock"]) for facts in found),
+    }
+
+
 def open_model(args: argparse.Namespace, ids: int) -> Any:
     """Return the model of a directory, or one of a preset with random weights and at least so many ids."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -298,6 +330,7 @@ def measure(args: argparse.Namespace) -> None:
     scorer = Scorer(model, "float32", CONTEXT)
     ours, stock = through_ours(scorer, questions, exact), through_stock(model, questions, exact, args.batch, "float64")
     result["float32"] = compare(questions, exact, ours, stock)
+    result["float32"]["referee"] = referee(model, questions, exact, ours, stock)
     _save(result, args)
     if cuda or args.bfloat16:
         del scorer, model
@@ -326,12 +359,21 @@ def measure(args: argparse.Namespace) -> None:
                 ("  seconds: ours · stock", f"{facts['ours']['seconds']:.1f} · {facts['stock']['seconds']:.1f}"),
                 ("  times faster", f"{facts['speed_ratio']:.2f}"),
                 ("  largest difference of log-probabilities", f"{facts['max_logprob_difference']:.2e}"),
+                *_refereed(facts),
                 *((f"  {name}, {of['metric']}", _said(of)) for name, of in facts["by_benchmark"].items()),
             ]
     if whole_facts := result.get("whole_suite"):
         said = f"{whole_facts['tokens']:,} tokens in {whole_facts['seconds']:.1f} s"
         rows.append(("whole suite, ours", f"{said}, {whole_facts['tokens_per_second']:,.0f}/s"))
     table(f"{result['model']} on {result['device']}", ["", ""], rows)
+
+
+def _refereed(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "referee" not in facts:
+        return []
+    errors = (facts["referee"][f"largest_error_{name}"] for name in ("ours", "stock"))
+    name = f"  farthest {REFEREED} beside float64: ours · stock, at most"
+    return [(name, " · ".join(f"{error:.2e}" for error in errors))]
 
 
 def _said(facts: dict[str, Any]) -> str:

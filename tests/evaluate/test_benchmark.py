@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import mobillama.hf  # noqa: F401
+from mobillama.evaluate.scorer import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +68,17 @@ def test_decisions_are_those_of_each_metric(benchmark, questions):
     assert (arc["decisions_that_differ"], mmlu["decisions_that_differ"]) == (1, 1)
     assert (mmlu["ties_ours"], mmlu["ties_stock"], arc["ties_ours"]) == (1, 0, 0)
     assert truthful["largest_difference"] == pytest.approx(1 / (1 + np.exp(-2)) - 0.5)
+
+
+def test_float64_tells_whose_rounding_sets_two_adapters_apart(benchmark, questions):
+    config = AutoConfig.for_model(
+        "mobillama", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    requests = np.arange(18)
+    ours = benchmark.through_ours(Scorer(model, "float32", benchmark.CONTEXT), questions, requests)
+    stock = ours | {"logprobs": ours["logprobs"] + np.where(requests == 7, 0.5, 0)}
+    found = benchmark.referee(model, questions, requests, ours, stock)
+    assert found["largest_error_ours"] < 1e-5 and found["largest_error_stock"] == pytest.approx(0.5, abs=1e-5)
+    assert found["requests"][0]["benchmark"] == "MMLU" and found["requests"][0]["tokens"] == 2

@@ -32,6 +32,10 @@ def tool():
         "quantize",
         "fuzz",
         "sft",
+        "serving",
+        "exports",
+        "inference",
+        "train-speed",
     ],
 )
 def test_tables_are_generated_from_the_recorded_results(name):

@@ -136,7 +136,7 @@ def test_wrong_use_is_one_line_and_spoils_nothing(trained, tmp_path):
     refused(r"short\.txt has fewer than the 130 tokens of two sequences", calibration=tmp_path / "short.txt")
     refused(r"text\.pdf is none of \.jsonl", calibration=tmp_path / "text.pdf")
     refused("64 tokens of the sample corpus are fewer than the 96 inputs .* raise --sequences", sequences=1)
-    refused(r"no config\.json", tmp_path / "absent")
+    refused(r"absent: no such directory", tmp_path / "absent")
     refused("unknown device", device="tpu")
     other = tmp_path / "other"
     weights = load_file(trained / "model.safetensors")

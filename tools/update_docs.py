@@ -435,7 +435,7 @@ def quantize() -> str:
         "",
         f"{result['model']}: {result['stored_parameters'] / 1e6:.1f} M stored parameters, {shape['num_hidden_layers']} layers, share: "
         f"{shape['share']}. Judged on {first['tokens']:,} held-out tokens of {result['data']}, calibrated on {result['sequences']} "
-        f"sequences of its training text, {draws} draws; columns by source are costs (bf16: bits per byte). `python "
+        f"sequences of its training text, {draws} draw{'s' if draws > 1 else ''}; columns by source are costs (bf16: bits per byte). `python "
         f"benchmarks/quantize.py`; {result['device']}, {_measured(result['environment'], 'torch')}.",
     ]
     if "quick" in result:

@@ -718,10 +718,11 @@ def native_parity() -> str:
         "| as torch's: llama.cpp | native | 16-bit cache | relative error of logits: llama.cpp | native | 16-bit cache |",
         "|---|" + "---:|" * 13,
     ]
+    stamps = []
     for name, row in load("native-parity").items():
         bits, same = row["bits_per_byte"], row["same_likeliest_token"]
         lines.append(
-            f"| {name} | {bits['torch']:.4f} | {bits['llama.cpp']:.4f} | {bits['native']:.4f} "
+            f"| {name}, {row['tokens']:,} tokens | {bits['torch']:.4f} | {bits['llama.cpp']:.4f} | {bits['native']:.4f} "
             f"| {bits['native'] / bits['llama.cpp'] - 1:+.2%} | {bits['f16 cache']:.4f} |"
         )
         shares = [same[f"llama.cpp = {other}"] for other in ("llama.cpp, one by one", "native", "f16 cache", "torch")]
@@ -729,6 +730,7 @@ def native_parity() -> str:
         shares += [same[f"{engine} = torch"] for engine in ("llama.cpp", "native", "f16 cache")]
         errors = [row["relative_error_to_torch"][engine] for engine in ("llama.cpp", "native", "f16 cache")]
         cells = [*(f"{share:.1%}" for share in shares), *(f"{error:.1e}" for error in errors)]
+        stamps.append(_measured(row["environment"]))
         alike.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -736,8 +738,8 @@ def native_parity() -> str:
             "",
             *alike,
             "",
-            f"{row['tokens']:,} tokens of articles in passages of {row['passage']:,}; llama-cpp-python {row['llama_cpp_python']}. "
-            f"`python benchmarks/native_parity.py`; {_measured(row['environment'])}.",
+            f"Articles in passages of {row['passage']:,} tokens; llama-cpp-python {row['llama_cpp_python']}. "
+            f"`python benchmarks/native_parity.py`; {'; '.join(stamps)}.",
         ]
     )
 

@@ -52,6 +52,18 @@ def run_cli(*words: object, timeout: float = 240, **options) -> subprocess.Compl
     )
 
 
+def directory_of(tokenizer_path: Path, path: Path, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Write a random model of the tests' vocabulary, its shape changed as named."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = ModelConfig(
+        **{"vocab_size": VOCAB, **sizes, "max_position_embeddings": 128, "initializer_range": 0.1, **changes}
+    )
+    built = MobiLlama(config)
+    initialise(built, config, 0)
+    save_model(path, config, built.to(dtype).state_dict(), load_tokenizer(tokenizer_path))
+    return path
+
+
 def shared_data() -> Path:
     """Return the folder of real data that MOBILLAMA_TEST_DATA names, or skip the test."""
     folder = os.environ.get("MOBILLAMA_TEST_DATA")
@@ -168,11 +180,9 @@ def benchmarks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tokenizer_path, tmp_path_factory) -> Path:
     """A model directory whose weights are drawn wide, so that its answers differ."""
-    config = ModelConfig(VOCAB, 32, 48, 2, 2, max_position_embeddings=128, initializer_range=0.15)
-    built = MobiLlama(config)
-    initialise(built, config, 0)
     directory = tmp_path_factory.mktemp("model") / "small"
-    save_model(directory, config, built.state_dict(), load_tokenizer(tokenizer_path))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    directory_of(tokenizer_path, directory, **sizes, initializer_range=0.15)
     return directory
 
 

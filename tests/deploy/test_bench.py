@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_onnx import directory_of
+from conftest import directory_of
 
 from conftest import run_cli
 from mobillama.deploy.bench import Contender, Settings, Worker, _take_turn, contenders, measure, thread_counts

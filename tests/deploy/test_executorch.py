@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.util import find_spec
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 from conftest import VOCAB, run_cli
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.deploy.executorch import export_executorch
 from mobillama.deploy.executorch_program import Program, Rounded, write_program
 from mobillama.deploy.gguf import export_gguf
-from mobillama.directory import save_model
 from mobillama.engine.blocks import Q4_0, decode, encode
 from mobillama.engine.load import load_engine
 from mobillama.engine.torch_gguf import load_gguf
@@ -27,13 +28,7 @@ TEXT = "The ship was old, and the captain slept."
 installed = pytest.mark.skipif(find_spec("executorch") is None, reason="needs pip install 'mobillama[executorch]'")
 
 
-def directory_of(tokenizer_path, path, **changes):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4} | changes
-    config = ModelConfig(VOCAB, **sizes, max_position_embeddings=128, initializer_range=0.1)
-    built = MobiLlama(config)
-    initialise(built, config, 0)
-    save_model(path, config, built.state_dict(), load_tokenizer(tokenizer_path))
-    return path
+directory_of = functools.partial(conftest.directory_of, num_hidden_layers=2)
 
 
 def ids_of(kind, path):

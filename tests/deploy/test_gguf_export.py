@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import VOCAB, run_cli
+import conftest
+from conftest import run_cli
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.deploy import gguf as deploy
 from mobillama.deploy.gguf import export_gguf
-from mobillama.directory import load_model, save_model
+from mobillama.directory import load_model
 from mobillama.engine.blocks import TYPES
 from mobillama.engine.gguf import read_gguf
 from mobillama.engine.gguf_model import read_model
 from mobillama.engine.torch_gguf import load_gguf
 from mobillama.errors import UsageError, VerificationError
 from mobillama.model.cost import model_cost
-from mobillama.model.transformer import MobiLlama, initialise
-from mobillama.recipe import PRESETS, ModelConfig
+from mobillama.recipe import PRESETS
 
-
-def directory_of(tokenizer_path, path, dtype=torch.float32, **changes):
-    config = ModelConfig(VOCAB, 64, 96, 4, 4, max_position_embeddings=64, initializer_range=0.1, **changes)
-    built = MobiLlama(config)
-    initialise(built, config, 0)
-    save_model(path, config, built.to(dtype).state_dict(), load_tokenizer(tokenizer_path))
-    return path
+directory_of = functools.partial(conftest.directory_of, num_hidden_layers=4, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
@@ -87,10 +82,7 @@ def test_codes_of_a_quantized_source_are_kept_and_only_other_types_encoded_anew(
 
 
 def test_rows_that_are_no_whole_blocks_become_f16(tokenizer_path, tmp_path):
-    config = ModelConfig(VOCAB, 48, 96, 2, 2, max_position_embeddings=32, initializer_range=0.1)
-    built = MobiLlama(config)
-    initialise(built, config, 0)
-    save_model(tmp_path / "m", config, built.state_dict(), load_tokenizer(tokenizer_path))
+    directory_of(tokenizer_path, tmp_path / "m", hidden_size=48, num_attention_heads=2)
     facts = export_gguf(tmp_path / "m", tmp_path / "m.gguf", TYPES["q4_0"])
     assert facts["types"] == ["F16", "Q4_0"]
     assert read_gguf(tmp_path / "m.gguf").tensors["blk.0.ffn_down.weight"].kind.name == "Q4_0"

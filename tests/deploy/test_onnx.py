@@ -9,28 +9,15 @@ import onnx
 import pytest
 import torch
 
-from conftest import VOCAB, run_cli
-from mobillama.data.tokenizer import load_tokenizer
+from conftest import VOCAB, directory_of, run_cli
 from mobillama.deploy.gguf import export_gguf
 from mobillama.deploy.onnx import export_onnx
-from mobillama.directory import save_model
 from mobillama.engine.blocks import Q4_0, Q4_1, Q8_0
 from mobillama.engine.gguf_model import read_model
 from mobillama.engine.load import load_engine
 from mobillama.engine.torch_engine import TorchEngine
 from mobillama.engine.torch_gguf import load_gguf
 from mobillama.errors import UsageError, VerificationError
-from mobillama.model.transformer import MobiLlama, initialise
-from mobillama.recipe import ModelConfig
-
-
-def directory_of(tokenizer_path, path, **changes):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4} | changes
-    config = ModelConfig(VOCAB, **sizes, max_position_embeddings=128, initializer_range=0.1)
-    built = MobiLlama(config)
-    initialise(built, config, 0)
-    save_model(path, config, built.state_dict(), load_tokenizer(tokenizer_path))
-    return path
 
 
 def test_an_export_is_compared_recorded_and_opened(tokenizer_path, tmp_path):

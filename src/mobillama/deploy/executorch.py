@@ -16,13 +16,12 @@ from torch import Tensor
 from mobillama.data.tokenizer import JSON_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer, save_tokenizer
 from mobillama.deploy.executorch_program import MOST_TOKENS, Program, Rounded, load_operators, write_program
 from mobillama.deploy.gguf import record_of
-from mobillama.deploy.parity import Comparison, Parity, passages, torch_logits
+from mobillama.deploy.parity import compare, passages, recorded, torch_logits
 from mobillama.deploy.source import Source, check_memory, refuse_existing, with_context
 from mobillama.engine.blocks import BLOCK, Q4_0
 from mobillama.engine.torch_gguf import encode_weights
 from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import UsageError
-from mobillama.model.transformer import MobiLlama
 from mobillama.progress import Show, quiet
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import replaced_file, write_json
@@ -84,12 +83,13 @@ def export_executorch(
         rows = passages(opened.tokenizer, min(shape.max_position_embeddings, MOST_TOKENS), tokens)
         given, after_prompts = _run(Program(work), rows, show)
         numbers = {name: its.numbers() if isinstance(its, Rounded) else its for name, its in weights.items()}
-        expected = _run_model(dataclasses.replace(opened, weights=numbers).model(), rows)
-        computed = _compared(expected, given, rows, opened.tokenizer)
+        logits = torch_logits(dataclasses.replace(opened, weights=numbers).model())
+        expected = [logits(row[:-1]) for row in rows]
+        computed = compare(recorded(expected), recorded(given), rows, opened.tokenizer)
         computed.require(out, MOST_KL[kind], _LEAST_TOP1)
-        ends, after_ends = [row[-2:] for row in rows], [logits_tv[-1:] for logits_tv in expected]
-        _compared(after_ends, after_prompts, ends, opened.tokenizer).require(out, MOST_KL[kind])
-        parity = _compared(_run_model(opened.model(), rows), given, rows, opened.tokenizer)
+        ends, last = [row[-2:] for row in rows], (logits_tv[-1:] for logits_tv in expected)
+        compare(recorded(last), recorded(after_prompts), ends, opened.tokenizer).require(out, MOST_KL[kind])
+        parity = compare(torch_logits(opened.model()), recorded(given), rows, opened.tokenizer)
         facts = {
             "model": opened.name,
             "format": "executorch",
@@ -142,18 +142,6 @@ def _run(program: Program, rows: Rows, show: Show) -> tuple[Passages, Passages]:
         after_prompts.append(program.feed(row[:-1], 0)[None])
         show("run passages", done, len(rows))
     return given, after_prompts
-
-
-def _run_model(model: MobiLlama, rows: Rows) -> Passages:
-    logits = torch_logits(model)
-    return [logits(row[:-1]) for row in rows]
-
-
-def _compared(expected: Passages, given: Passages, rows: Rows, tokenizer: Tokenizer) -> Parity:
-    comparison = Comparison(tokenizer)
-    for ids, model_tv, copy_tv in zip(rows, expected, given, strict=True):
-        comparison.add(ids, model_tv, copy_tv)
-    return comparison.result()
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> str:

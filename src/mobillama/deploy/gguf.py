@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mobillama.deploy.parity import Parity, compare, passages, torch_logits
+from mobillama.deploy.parity import Parity, compare, passages, recorded, torch_logits
 from mobillama.deploy.source import Source, head_kind, refuse_existing
 from mobillama.engine.blocks import F16, BlockType, decode
 from mobillama.engine.gguf import Tensor
@@ -100,7 +100,7 @@ def write_checked(
         expected = _logits_of(source, rows, show)
         copy, tokenizer = load_gguf(work, torch.float32)
         _require_same_numbers(copy, tensors, out)
-        parity = compare(lambda ids: next(expected), torch_logits(copy), rows, tokenizer, show)
+        parity = compare(recorded(expected), torch_logits(copy), rows, tokenizer, show)
         record = _facts(source.name, work, shared, tensors, parity) | dict(facts or {})
     write_json(record_of(out), record)
     return record

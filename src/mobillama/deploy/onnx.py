@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from mobillama.data.tokenizer import load_tokenizer, save_tokenizer
 from mobillama.deploy.onnx_cache import quantize_cache
 from mobillama.deploy.onnx_graph import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS, Matrix, write_graph
-from mobillama.deploy.parity import Parity, compare, passages, torch_logits
+from mobillama.deploy.parity import compare, passages, recorded, torch_logits
 from mobillama.deploy.source import Source, check_memory, head_kind, with_context
 from mobillama.engine.blocks import BLOCK, Q4_0, Q8_0, BlockType
 from mobillama.engine.gguf import Tensor
@@ -20,7 +20,6 @@ from mobillama.engine.onnx_engine import OnnxEngine
 from mobillama.engine.torch_gguf import encode_weights
 from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.errors import UsageError
-from mobillama.model.transformer import MobiLlama
 from mobillama.progress import Show, quiet
 from mobillama.recipe import ModelConfig
 from mobillama.record.files import new_directory, write_json
@@ -94,9 +93,10 @@ def export_onnx(
             return engine.feed_each(ids)
 
         given = list(map(copy, (row[:-1] for row in rows)))
-        computed = _compared(opened.decoded(matrices), given, rows, load_tokenizer(work))
+        tokenizer = load_tokenizer(work)
+        computed = compare(torch_logits(opened.decoded(matrices)), recorded(given), rows, tokenizer)
         computed.require(out, MOST_KL_8_BIT if int8_cache or int8_activations else MOST_KL, _LEAST_TOP1)
-        parity = _compared(opened.model(), given, rows, load_tokenizer(work))
+        parity = compare(torch_logits(opened.model()), recorded(given), rows, tokenizer)
         kinds = {name: its.kind.name for name, its in matrices.items()}
         facts = {
             "model": source.resolve().name,
@@ -113,13 +113,6 @@ def export_onnx(
         }
         write_json(work / RECORD_FILE, facts)
     return facts
-
-
-def _compared(
-    model: MobiLlama, given: Sequence[NDArray[np.float32]], rows: Sequence[Sequence[int]], tokenizer: Tokenizer
-) -> Parity:
-    logits = iter(given)
-    return compare(torch_logits(model), lambda ids: next(logits), rows, tokenizer)
 
 
 def _check_shape(source: Path, shape: ModelConfig) -> None:

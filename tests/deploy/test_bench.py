@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import directory_of
 
-from conftest import run_cli
+from conftest import directory_of, run_cli
 from mobillama.deploy.bench import Contender, Settings, Worker, _take_turn, contenders, measure, thread_counts
 from mobillama.deploy.gguf import export_gguf
 from mobillama.deploy.onnx import export_onnx

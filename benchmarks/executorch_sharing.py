@@ -1,7 +1,9 @@
-"""Does ExecuTorch hold a shared network once? Disk and memory of eight uses of one network, beside eight networks.
+"""Does ExecuTorch hold a shared network once? Disk and memory of eight uses of one network, and of a model's own program.
 
-    python -m venv V && V/bin/pip install torch executorch
-    PYTHONPATH=src V/bin/python benchmarks/executorch_sharing.py --out FILE.json
+    pip install 'mobillama[executorch]'
+    python benchmarks/executorch_sharing.py runs/random-0.5b
+
+Beside eight uses of one network stand eight networks. Models are exported by ``mobillama export executorch`` with its check.
 
 The XNNPACK backend packs weights when a program is loaded. Its option ``weight_cache_enabled`` (ExecuTorch 1.5) has no
 Python interface; a C++ library of six lines, compiled here against the headers of the package, sets it.
@@ -14,17 +16,22 @@ import ctypes
 import importlib.metadata
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mobillama.deploy.gguf import record_of
 from mobillama.record.environment import environment
+from mobillama.record.files import read_json, write_json
 
+RESULTS = Path(__file__).parent / "results" / "executorch.json"
 LAYERS, WIDTH, INNER = 8, 1024, 2816
 OPTION = """
 #include <executorch/runtime/backend/interface.h>
@@ -100,23 +107,47 @@ def resident() -> float:
 
 
 def load(program: str, option: str) -> dict[str, Any]:
-    """Load a program in this process; return what memory that took, and its output's sum."""
+    """Load a program in this process; return the memory that took, that of the whole process, and an output's sum."""
     from executorch.runtime import Runtime
 
+    from mobillama.deploy.executorch_program import load_operators
+
+    load_operators()
     runtime = Runtime.get()
     if option and ctypes.CDLL(option).enable_weight_cache():
         raise SystemExit("the backend does not know weight_cache_enabled")
     before = resident()
     method = runtime.load_program(program).load_method("forward")
     taken = resident() - before
-    (y,) = method.execute([torch.ones(1, WIDTH)])
-    return {"load_mib": taken, "output_sum": float(y.sum())}
+    is_stack = method.metadata.num_inputs() == 1
+    (y,) = method.execute([torch.ones(1, WIDTH)] if is_stack else [torch.tensor([[1]]), torch.tensor([0])])
+    return {"load_mib": taken, "resident_mib": resident(), "output_sum": float(y.sum())}
+
+
+def loaded(program: Path, option: Path | None) -> dict[str, Any]:
+    """Load a program in a process of its own, with the option or without."""
+    words = [sys.executable, __file__, "--load", str(program), str(option or "")]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    return {"weight_cache": option is not None, "file_mb": program.stat().st_size / 1e6, **facts}
+
+
+def exported(model: Path, option: Path, folder: Path) -> dict[str, Any]:
+    """Export a model as a user does; return what that took, what its check said, and what loading takes."""
+    program, before = folder / "model.pte", time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mobillama", "export", "executorch", model, program], check=True)
+    taken = {
+        "export_seconds": time.perf_counter() - before,
+        "export_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,  # of the largest child so far
+    }
+    return {**read_json(record_of(program)), **taken, "loads": [loaded(program, its) for its in (None, option)]}
 
 
 def main() -> None:
     """Export, then load each program in a process of its own, with the option and without."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("models", type=Path, nargs="*", help="model directories or GGUF files")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
@@ -126,14 +157,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         option = build_option(folder)
+        models = []
+        for number, model in enumerate(args.models):
+            (folder / str(number)).mkdir()
+            models.append(exported(model, option, folder / str(number)))
+            print(models[-1])
         for shared in (True, False):
             program = folder / "program.pte"
             export(shared, program)
-            for cache in (False, True):
-                words = [sys.executable, __file__, "--load", str(program), str(option) if cache else ""]
-                done = subprocess.run(words, capture_output=True, text=True, check=True)
-                facts = json.loads(done.stdout.splitlines()[-1])
-                rows.append({"shared": shared, "weight_cache": cache, "file_mb": program.stat().st_size / 1e6, **facts})
+            for its in (None, option):
+                rows.append({"shared": shared, **loaded(program, its)})
                 print(rows[-1])
     result = {
         "environment": environment(),
@@ -142,9 +175,9 @@ def main() -> None:
         "executorch": importlib.metadata.version("executorch"),
         "torch": torch.__version__,
         "rows": rows,
+        "models": models,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.results, result)
 
 
 if __name__ == "__main__":

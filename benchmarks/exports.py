@@ -2,9 +2,10 @@
 
     python benchmarks/exports.py SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/exports.py MODEL --question "What is rain?"
+    python benchmarks/exports.py MODEL --forms executorch --results benchmarks/results/exports-executorch.json
 
 Exports are made by ``mobillama export`` in processes of their own, as a user makes them, and removed again; answers are the
-likeliest tokens, from ``mobillama chat``.
+likeliest tokens, from ``mobillama chat``. ExecuTorch, large and slow to lower, is asked for by name.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["onnx", "--activations", "float32", "--cache", "float32"],
         ["onnxruntime"],
     ),
+    "executorch": (["executorch"], []),
 }
 """Each form as it is called, as arguments, and the engines that run it."""
+FIGURES = ("bytes", "parity", "parity_on_the_same_numbers", "rounding_of_activations_in_torch")
+USUAL = [form for form in FORMS if form != "executorch"]
 
 
 def export(model: Path, arguments: list[str], folder: Path) -> tuple[Path, dict[str, Any]]:
     """Export a model; return where it lies and what was recorded of it."""
     kind, *flags = arguments
-    out = folder / ("model.gguf" if kind == "gguf" else "model")
+    out = folder / {"gguf": "model.gguf", "executorch": "model.pte"}.get(kind, "model")
     subprocess.run([sys.executable, "-m", "mobillama", "export", kind, model, out, *flags], check=True)
-    record = {"hf": out / PARITY_FILE, "gguf": record_of(out), "onnx": out / RECORD_FILE}[kind]
-    return out, read_json(record)
+    return out, read_json({"hf": out / PARITY_FILE, "onnx": out / RECORD_FILE}.get(kind, record_of(out)))
 
 
 def answer(model: Path, engine: str, question: str, tokens: int) -> str:
@@ -64,14 +67,16 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a model directory or a GGUF file")
     parser.add_argument("--question", default="What is a glacier?", help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer at most (default: %(default)s)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=USUAL, help="(default: all but executorch)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = []
-    for form, (arguments, engines) in FORMS.items():
+    for form in args.forms:
+        arguments, engines = FORMS[form]
         with tempfile.TemporaryDirectory() as folder:
             out, record = export(args.model, arguments, Path(folder))
             answers = {engine: answer(out, engine, args.question, args.tokens) for engine in engines}
-        figures = {name: record[name] for name in ("bytes", "parity", "parity_on_the_same_numbers") if name in record}
+        figures = {name: record[name] for name in FIGURES if name in record}
         rows.append({"form": form, **figures, "answers": answers})
         note(f"{form}: {answers}")
     facts = {"environment": environment(), "model": args.model.name, "question": args.question}

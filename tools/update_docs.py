@@ -560,11 +560,27 @@ def executorch() -> str:
     for shared, name in ((True, "one network"), (False, "a network each")):
         without, cached = (row for row in result["rows"] if row["shared"] is shared)
         lines.append(f"| {name} | {without['file_mb']:.1f} | {without['load_mib']:.1f} | {cached['load_mib']:.1f} |")
+    lines += [
+        "",
+        "| model | file MB | load adds MiB | with weight_cache_enabled | export s | at its peak MiB "
+        "| KL to torch on the same numbers | torch with rounded activations |",
+        "|---|" + "---:|" * 7,
+    ]
+    for facts in result["models"]:
+        without, cached = facts["loads"]
+        computed, rounding = (
+            facts[name]["kl_nats_per_token"]
+            for name in ("parity_on_the_same_numbers", "rounding_of_activations_in_torch")
+        )
+        lines.append(
+            f"| {facts['model']} | {without['file_mb']:.1f} | {without['load_mib']:,.0f} | {cached['load_mib']:,.0f} "
+            f"| {facts['export_seconds']:.0f} | {facts['export_peak_mib']:,.0f} | {computed:.1e} | {rounding:.1e} |"
+        )
     return "\n".join(
         [
             *lines,
             "",
-            f"`python benchmarks/executorch_sharing.py`; one network is {result['one_network_mib']:.1f} MiB; executorch "
+            f"`python benchmarks/executorch_sharing.py runs/random-0.5b`; one network is {result['one_network_mib']:.1f} MiB; executorch "
             f"{result['executorch']}, torch {result['torch']}; {_measured(result['environment'])}.",
         ]
     )
@@ -572,22 +588,31 @@ def executorch() -> str:
 
 def exports() -> str:
     """Return what the check of every export said, and what the engines answered."""
-    result = load("exports")
+    result, lowered = load("exports"), load("exports-executorch")
+    rows = result["rows"] + lowered["rows"]
     lines = [
         f"| {result['model']} · export | MB | KL to the model, nats/token | same likeliest token "
         "| KL to torch on the same numbers | same likeliest token |",
         "|---|" + "---:|" * 5,
     ]
-    for row in result["rows"]:
+    for row in rows:
         cells = []
         for its in (row["parity"], row.get("parity_on_the_same_numbers")):
             cells += [f"{its['kl_nats_per_token']:.1e}", f"{its['top1_agreement']:.2%}"] if its else ["", ""]
         lines.append(f"| `{row['form']}` | {row['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
     lines += ["", f"*{result['question']}* The likeliest tokens:", "", "| export | engine | answer |", "|---|---|---|"]
-    for row in result["rows"]:
+    for row in rows:
         lines += [f"| `{row['form']}` | {engine} | {answer} |" for engine, answer in row["answers"].items()]
     measured = _measured(result["environment"], "torch", "onnxruntime")
-    return "\n".join([*lines, "", f"`python benchmarks/exports.py {result['model']}`; {measured}."])
+    stamp = f"`python benchmarks/exports.py {result['model']}`; {measured}; executorch: {_measured(lowered['environment'], 'torch')}"
+    (rounding,) = (row["rounding_of_activations_in_torch"]["kl_nats_per_token"] for row in lowered["rows"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{stamp}. Torch with activations rounded as ExecuTorch does is {rounding:.1e} nats/token from the same numbers.",
+        ]
+    )
 
 
 def fuzz() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import conftest
 from conftest import VOCAB, run_cli
 from mobillama.data.tokenizer import load_tokenizer
 from mobillama.deploy.executorch import export_executorch
-from mobillama.deploy.executorch_program import Program, Rounded, write_program
+from mobillama.deploy.executorch_program import Program, Rounded, round_activations, write_program
 from mobillama.deploy.gguf import export_gguf
 from mobillama.engine.blocks import Q4_0, decode, encode
 from mobillama.engine.load import load_engine
@@ -61,6 +62,23 @@ def test_rows_of_eight_bits_are_within_half_a_step():
     assert ((rounded.numbers() - weight_oc).abs() <= 0.501 * rounded.scale_og).all()
 
 
+def test_activations_are_rounded_to_eight_bits_with_a_scale_and_a_zero_for_each_token():
+    config = ModelConfig(VOCAB, 32, 32, 1, 1, max_position_embeddings=8)
+    model = MobiLlama(config)
+    round_activations(model)
+    x_nc = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [100], [1], [0]])
+    x_nc[0, 0], x_nc[2] = 0, x_nc[2].abs() + 1
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = torch.nn.Parameter(torch.eye(32))
+    with torch.no_grad():
+        y_nc = projection(x_nc)
+    step_n1 = (x_nc.amax(1, keepdim=True).clamp(min=0) - x_nc.amin(1, keepdim=True).clamp(max=0)) / 255
+    error_nc = (y_nc - x_nc).abs()
+    assert (error_nc <= 1.001 * step_n1).all() and error_nc[:3].mean(1).gt(0.1 * step_n1[:3, 0]).all()
+    assert y_nc[0, 0] == 0 and (y_nc[3] == 0).all()
+    torch.testing.assert_close(y_nc[:3] / step_n1[:3], (y_nc[:3] / step_n1[:3]).round(), atol=1e-3, rtol=0)
+
+
 @pytest.mark.skipif(find_spec("executorch") is not None, reason="is installed")
 def test_without_executorch_its_extra_is_named(small_model, tmp_path):
     done = run_cli("export", "executorch", small_model, tmp_path / "m.pte")
@@ -76,7 +94,10 @@ def test_an_export_is_compared_recorded_and_run(tokenizer_path, tmp_path):
     facts = json.loads((tmp_path / "m.pte.json").read_text())
     assert facts["shared"] and facts["type"] == "8da4w" and facts["bytes"] == out.stat().st_size
     assert facts["parity"]["tokens"] == 1024 and facts["parity"]["kl_nats_per_token"] < 0.3
-    assert 0 < facts["parity_on_the_same_numbers"]["kl_nats_per_token"] < 1e-3
+    computed, rounding = (
+        facts[name]["kl_nats_per_token"] for name in ("parity_on_the_same_numbers", "rounding_of_activations_in_torch")
+    )
+    assert 0 < computed < 1e-3 and computed == pytest.approx(rounding, rel=0.2)
     assert (
         ids_of("CppSPTokenizer", tmp_path / "m.pte.tokenizer.model") == load_tokenizer(tokenizer_path).encode([TEXT])[0]
     )
@@ -145,12 +166,17 @@ def test_what_the_type_cannot_hold_is_refused_by_name(tokenizer_path, tmp_path):
 
 
 @installed
-def test_a_program_that_computes_something_else_is_not_kept(tokenizer_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("slight", [False, True], ids=["rotary positions", "scales 3% too large"])
+def test_a_program_that_computes_something_else_is_not_kept(slight, tokenizer_path, tmp_path, monkeypatch):
     source = directory_of(tokenizer_path, tmp_path / "model")
     from mobillama.deploy import executorch_program
 
-    right = executorch_program.rotary_tables
-    monkeypatch.setattr(executorch_program, "rotary_tables", lambda *inputs: right(*inputs)[::-1])
+    rotary, weight = executorch_program.rotary_tables, Rounded.product_weight
+    if slight:
+        wrong = lambda its: weight(dataclasses.replace(its, scale_og=1.03 * its.scale_og))  # noqa: E731
+        monkeypatch.setattr(Rounded, "product_weight", wrong)
+    else:
+        monkeypatch.setattr(executorch_program, "rotary_tables", lambda *inputs: rotary(*inputs)[::-1])
     with pytest.raises(VerificationError, match="nats/token"):
         export_executorch(source, tmp_path / "m.pte")
     assert not list(tmp_path.glob("*m.pte*"))

@@ -9,6 +9,7 @@ Shapes: b batch, which is 1 · t tokens · h heads · d head width · c channels
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from mobillama.engine.blocks import Q4_0, unpack
 from mobillama.engine.weights import EMBEDDING, HEAD
 from mobillama.model.attention import Attention
+from mobillama.model.linear import COMPUTE_TYPE, Linear
 from mobillama.model.rotary import rotary_tables, rotate
 from mobillama.model.transformer import MobiLlama
 from mobillama.recipe import ModelConfig
@@ -162,6 +164,22 @@ class _Program(nn.Module):
         operators.update_cache(v_bthd, values, start)
         y_bthd = operators.custom_sdpa(rotate(q_bthd, *rotary), keys, values, start, None, 0.0, True)
         return F.linear(y_bthd.flatten(2), attention.o_proj.weight)
+
+
+def round_activations(model: MobiLlama) -> None:
+    """Make a model's products round what they multiply to eight bits as XNNPACK does: a scale and a zero for each token."""
+    products = dataclasses.replace(COMPUTE_TYPE, output=lambda x_ni, weight_oi: _eight_bits(x_ni) @ weight_oi.T)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.products = products
+
+
+def _eight_bits(x_ni: Tensor) -> Tensor:
+    least_n1, most_n1 = x_ni.amin(1, keepdim=True).clamp(max=0), x_ni.amax(1, keepdim=True).clamp(min=0)
+    steps_n1 = 255 / (most_n1 - least_n1).clamp(min=_LEAST_SCALE)
+    zero_n1 = (-128 - least_n1 * steps_n1).round()
+    codes_ni = ((x_ni * steps_n1).round() + zero_n1).clamp(-128, 127)
+    return (codes_ni - zero_n1) / steps_n1
 
 
 def load_operators() -> None:

@@ -604,7 +604,8 @@ def exports() -> str:
     for row in rows:
         lines += [f"| `{row['form']}` | {engine} | {answer} |" for engine, answer in row["answers"].items()]
     measured = _measured(result["environment"], "torch", "onnxruntime")
-    stamp = f"`python benchmarks/exports.py {result['model']}`; {measured}; executorch: {_measured(lowered['environment'], 'torch')}"
+    stamp = f"`python benchmarks/exports.py {result['model']}`; {measured}; "
+    stamp += f"executorch, by `--forms executorch`: {_measured(lowered['environment'], 'torch')}"
     (rounding,) = (row["rounding_of_activations_in_torch"]["kl_nats_per_token"] for row in lowered["rows"])
     return "\n".join(
         [

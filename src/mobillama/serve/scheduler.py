@@ -145,7 +145,7 @@ class Scheduler:
         self._used = [0] * engine.slots  # the step in which a slot was last given away
         self._told = 0.0  # when all who asked were told last
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._is_asked = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
@@ -164,6 +164,7 @@ class Scheduler:
             if self._closed or len(self._waiting) + len(tickets) > self._limit + free:
                 raise Busy(f"{len(self._waiting)} requests wait already; try again later")
             self._waiting += tickets
+            self._is_asked = True
             self._changed.notify()
         return tickets
 
@@ -171,12 +172,14 @@ class Scheduler:
         """End a request, whose slot is free after the step that is being computed."""
         with self._changed:
             ticket.cancelled = True
+            self._is_asked = True
             self._changed.notify()
 
     def close(self) -> None:
         """End all requests and the thread."""
         with self._changed:
             self._closed = True
+            self._is_asked = True
             self._changed.notify()
         self._thread.join()
 
@@ -187,20 +190,25 @@ class Scheduler:
             return len(self._running), len(self._waiting)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
-                if self._closed:
-                    ended = [*(running.ticket for running in self._running), *self._waiting]
-                    self._running, self._waiting = [], deque()
-                else:
-                    ended = self._drop_cancelled()
-                    self._admit()
-            self._tell([(ticket, [Finish(CANCELLED)]) for ticket in ended])
-            if self._closed:
-                return
+        while self._goes_on():
             if self._running:
                 self._step()
+
+    def _goes_on(self) -> bool:
+        """Take notice of what was asked for since the last step; return whether the scheduler is still open."""
+        if self._running and not self._is_asked:  # between two tokens no lock: each line here runs with cold caches
+            return True
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            self._is_asked, closed = False, self._closed
+            if closed:
+                ended = [*(running.ticket for running in self._running), *self._waiting]
+                self._running, self._waiting = [], deque()
+            else:
+                ended = self._drop_cancelled()
+                self._admit()
+        self._tell([(ticket, [Finish(CANCELLED)]) for ticket in ended])
+        return not closed
 
     def _drop_cancelled(self) -> list[Ticket]:
         ended = [ticket for ticket in self._waiting if ticket.cancelled]
@@ -295,12 +303,14 @@ class Scheduler:
     def _end(self, running: _Running, reason: str) -> None:
         with self._changed:
             self._running.remove(running)
+            self._is_asked = True  # its slot is free
         rest = running.writer.finish()
         running.untold.append(Finish(STOP if running.writer.stopped else reason, rest))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
             failed, self._running = self._running, []
+            self._is_asked = True
         self._metrics.count_failure(error)
         for running in failed:
             self._engine.truncate(running.slot, 0)

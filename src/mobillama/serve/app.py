@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,9 +25,7 @@ from mobillama.serve.run_records import run_summary
 from mobillama.serve.scheduler import Busy, Finish, Piece, Scheduler
 from mobillama.serve.served import Served
 
-T = TypeVar("T")
 PAGE = Path(__file__).with_name("page")
-SHORT_BODY = 4 << 10
 MOST_BODY = 1 << 20
 MOST_READ = 16 << 20  # of a larger body, so that its sender sees the answer and not a connection that breaks
 BODY_SECONDS, SEND_SECONDS, PING_SECONDS = 20.0, 60.0, 10.0
@@ -95,7 +93,7 @@ async def _chat(request: Request) -> Response:
         ids = checked(lambda: served.turns.encode(asked.messages, add_generation_prompt=True).ids, "messages")
         return asked.options, ids
 
-    options, ids = await _understood(request, understand)
+    options, ids = await asyncio.to_thread(understand, await _body(request))
     return await _answer(request, [ids], options, served.turns.stop_ids, is_chat=True)
 
 
@@ -109,14 +107,8 @@ async def _complete(request: Request) -> Response:
             raise RequestError(f"prompt: the model knows the ids 0…{served.engine.vocab_size - 1}", "prompt")
         return asked.options, prompts
 
-    options, prompts = await _understood(request, understand)
+    options, prompts = await asyncio.to_thread(understand, await _body(request))
     return await _answer(request, prompts, options, frozenset({served.tokenizer.eos_id}), is_chat=False)
-
-
-async def _understood(request: Request, understand: Callable[[bytes], T]) -> T:
-    """Return what a body asks for; a long one is read in a thread, which takes longer to wake than a short one to read."""
-    body = await _body(request)
-    return understand(body) if len(body) <= SHORT_BODY else await asyncio.to_thread(understand, body)
 
 
 async def _answer(

@@ -101,21 +101,12 @@ class _Running:
         self.random = np.random.default_rng(ticket.request.seed)
         self.writer = Writer(token_bytes, ticket.request.stops)
         self.untold: list[Piece | Finish] = []
-
-    @property
-    def is_urgent(self) -> bool:
-        """Whether what is untold is told at once: the first token, or the end."""
-        return self.said == 1 or bool(self.untold and isinstance(self.untold[-1], Finish))
+        self.is_urgent = False  # whether what is untold is told at once: the first token, or the end
 
     @property
     def waits_for_one(self) -> bool:
         """Whether one token is left to feed: the last of the prompt, or the last of the answer so far."""
         return len(self.ids) - self.fed == 1
-
-    @property
-    def said(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.ids) - len(self.ticket.request.ids)
 
 
 class Scheduler:
@@ -250,17 +241,18 @@ class Scheduler:
             self._fail(error)
             return
         now = time.monotonic()
-        took = now - started
+        took, is_urgent = now - started, False
         self._metrics.count_step(took)
         for (running, ids), logits_v in zip(fed, logits_wv, strict=True):
             running.fed += len(ids)
             self._held[running.slot] += ids
             if running.fed == len(running.ids):
                 self._take(running, logits_v)
+                is_urgent |= running.is_urgent
         if now + took > self._told + TOGETHER:  # the next step would end too late
             self._told = now
             self._tell_of(running for running, _ in fed)
-        else:
+        elif is_urgent:
             self._tell_of(running for running, _ in fed if running.is_urgent)
 
     def _tell_of(self, some: Iterable[_Running]) -> None:
@@ -284,7 +276,9 @@ class Scheduler:
     def _take(self, running: _Running, logits_v: NDArray[np.float32]) -> None:
         """Draw a request's next token, tell of it, and end the request where it ends."""
         request = running.ticket.request
-        token, said = sample(logits_v, request.sampling, running.random, running.ids), running.said + 1
+        token = sample(logits_v, request.sampling, running.random, running.ids)
+        said = len(running.ids) - len(request.ids) + 1
+        running.is_urgent = said == 1
         if said == 1:
             self._metrics.count_first(time.monotonic() - running.ticket.arrived)
         if token in request.stop_ids:
@@ -304,6 +298,7 @@ class Scheduler:
         with self._changed:
             self._running.remove(running)
             self._is_asked = True  # its slot is free
+        running.is_urgent = True
         rest = running.writer.finish()
         running.untold.append(Finish(STOP if running.writer.stopped else reason, rest))
 

@@ -52,6 +52,8 @@ class Answers:
             "model": model,
             "system_fingerprint": fingerprint,
         }
+        chunk = _dumps({**self._facts, "object": self._chunk, "choices": []})
+        self._begin, self._end = f"data: {chunk[:-2]}", f"{chunk[-2:]}\n\n"  # of every event, around its choice
 
     def take(self, index: int, events: Sequence[Piece | Finish]) -> None:
         """Add what came of one answer."""
@@ -113,7 +115,7 @@ class Answers:
     def _event(self, index: int, delta: dict[str, Any], known: Any, reason: str | None) -> bytes:
         content: dict[str, Any] = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         choice = {"index": index, **content, "logprobs": known, "finish_reason": reason}
-        return _sse({**self._facts, "object": self._chunk, "choices": [choice]})
+        return (self._begin + _dumps(choice) + self._end).encode()
 
     def _log_probabilities(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         known = [piece.log_probability for piece in pieces if piece.log_probability]

@@ -101,21 +101,12 @@ class _Running:
         self.random = np.random.default_rng(ticket.request.seed)
         self.writer = Writer(token_bytes, ticket.request.stops)
         self.untold: list[Piece | Finish] = []
-
-    @property
-    def is_urgent(self) -> bool:
-        """Whether what is untold is told at once: the first token, or the end."""
-        return self.said == 1 or bool(self.untold and isinstance(self.untold[-1], Finish))
+        self.is_urgent = False  # whether what is untold is told at once: the first token, or the end
 
     @property
     def waits_for_one(self) -> bool:
         """Whether one token is left to feed: the last of the prompt, or the last of the answer so far."""
         return len(self.ids) - self.fed == 1
-
-    @property
-    def said(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.ids) - len(self.ticket.request.ids)
 
 
 class Scheduler:
@@ -145,7 +136,7 @@ class Scheduler:
         self._used = [0] * engine.slots  # the step in which a slot was last given away
         self._told = 0.0  # when all who asked were told last
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._is_asked = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
@@ -164,6 +155,7 @@ class Scheduler:
             if self._closed or len(self._waiting) + len(tickets) > self._limit + free:
                 raise Busy(f"{len(self._waiting)} requests wait already; try again later")
             self._waiting += tickets
+            self._is_asked = True
             self._changed.notify()
         return tickets
 
@@ -171,12 +163,14 @@ class Scheduler:
         """End a request, whose slot is free after the step that is being computed."""
         with self._changed:
             ticket.cancelled = True
+            self._is_asked = True
             self._changed.notify()
 
     def close(self) -> None:
         """End all requests and the thread."""
         with self._changed:
             self._closed = True
+            self._is_asked = True
             self._changed.notify()
         self._thread.join()
 
@@ -187,20 +181,25 @@ class Scheduler:
             return len(self._running), len(self._waiting)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
-                if self._closed:
-                    ended = [*(running.ticket for running in self._running), *self._waiting]
-                    self._running, self._waiting = [], deque()
-                else:
-                    ended = self._drop_cancelled()
-                    self._admit()
-            self._tell([(ticket, [Finish(CANCELLED)]) for ticket in ended])
-            if self._closed:
-                return
+        while self._goes_on():
             if self._running:
                 self._step()
+
+    def _goes_on(self) -> bool:
+        """Take notice of what was asked for since the last step; return whether the scheduler is still open."""
+        if self._running and not self._is_asked:  # between two tokens no lock: each line here runs with cold caches
+            return True
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            self._is_asked, closed = False, self._closed
+            if closed:
+                ended = [*(running.ticket for running in self._running), *self._waiting]
+                self._running, self._waiting = [], deque()
+            else:
+                ended = self._drop_cancelled()
+                self._admit()
+        self._tell([(ticket, [Finish(CANCELLED)]) for ticket in ended])
+        return not closed
 
     def _drop_cancelled(self) -> list[Ticket]:
         ended = [ticket for ticket in self._waiting if ticket.cancelled]
@@ -242,17 +241,18 @@ class Scheduler:
             self._fail(error)
             return
         now = time.monotonic()
-        took = now - started
+        took, is_urgent = now - started, False
         self._metrics.count_step(took)
         for (running, ids), logits_v in zip(fed, logits_wv, strict=True):
             running.fed += len(ids)
             self._held[running.slot] += ids
             if running.fed == len(running.ids):
                 self._take(running, logits_v)
+                is_urgent |= running.is_urgent
         if now + took > self._told + TOGETHER:  # the next step would end too late
             self._told = now
             self._tell_of(running for running, _ in fed)
-        else:
+        elif is_urgent:
             self._tell_of(running for running, _ in fed if running.is_urgent)
 
     def _tell_of(self, some: Iterable[_Running]) -> None:
@@ -276,7 +276,9 @@ class Scheduler:
     def _take(self, running: _Running, logits_v: NDArray[np.float32]) -> None:
         """Draw a request's next token, tell of it, and end the request where it ends."""
         request = running.ticket.request
-        token, said = sample(logits_v, request.sampling, running.random, running.ids), running.said + 1
+        token = sample(logits_v, request.sampling, running.random, running.ids)
+        said = len(running.ids) - len(request.ids) + 1
+        running.is_urgent = said == 1
         if said == 1:
             self._metrics.count_first(time.monotonic() - running.ticket.arrived)
         if token in request.stop_ids:
@@ -295,12 +297,15 @@ class Scheduler:
     def _end(self, running: _Running, reason: str) -> None:
         with self._changed:
             self._running.remove(running)
+            self._is_asked = True  # its slot is free
+        running.is_urgent = True
         rest = running.writer.finish()
         running.untold.append(Finish(STOP if running.writer.stopped else reason, rest))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
             failed, self._running = self._running, []
+            self._is_asked = True
         self._metrics.count_failure(error)
         for running in failed:
             self._engine.truncate(running.slot, 0)

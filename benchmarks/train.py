@@ -223,7 +223,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.contenders = args.contenders or DEFAULTS[args.device.partition(":")[0]]
-    key = f"{args.preset} {args.device}{' data' if args.data else ''}"
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    key = f"{args.preset}, {machine}{', data' if args.data else ''}"
     known = read_json(args.out) if args.out.exists() else {}
     here = {"environment": environment(), "micro_batch": args.micro_batch}
     earlier = known.get(key, {})

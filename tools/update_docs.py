@@ -223,9 +223,7 @@ def train_speed() -> str:
                 clock = f"{facts['watts']:.0f} W · {facts['sm_megahertz']:,} MHz" if "watts" in facts else ""
                 cells += [mfu, peak, clock, str(facts.get("micro_batch", result["micro_batch"]))]
             lines.append(f"| {' | '.join([*cells, ratio])} |")
-        device = next((facts["device"] for facts in found.values() if facts.get("device", "cpu") != "cpu"), "")
-        where = f"{device}, " if device else ""
-        lines += ["", f"`python benchmarks/train.py`; {where}{_measured(result['environment'], 'torch')}."]
+        lines += ["", f"`python benchmarks/train.py`; {_measured(result['environment'], 'torch')}."]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

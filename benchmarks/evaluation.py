@@ -6,10 +6,9 @@
     mobillama import SmolLM2-135M-Instruct.Q4_1.gguf DIR                         # a model for --model
 
 ``tokens`` writes all requests of suite paper as ids, so that ``measure`` needs neither data nor tokenizer. ``measure`` runs on
-one machine, one after another: a fixed number of questions of each benchmark through both adapters in float32, where rounding
-hides nothing, and where they are farthest apart, each request alone in float64, which tells whose rounding it is; those and
-a fixed share of all questions through both in bfloat16; the whole suite through ours. Decisions are
-those of each benchmark's own metric.
+one machine, one after another: a fixed number of questions of each benchmark through both adapters in float64, where rounding
+hides nothing, and in float32, which tells how much of a difference is rounding and whose; those and a fixed share of all
+questions through both in bfloat16; the whole suite through ours. Decisions are those of each benchmark's own metric.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 CONTEXT = 2048
 SEED = 0
 TIE = 1e-4  # decisions may differ where the best two are nearer than this
-REFEREED = 20  # requests farthest apart in float32 that are scored again in float64
 
 
 def write_tokens(args: argparse.Namespace) -> None:
@@ -262,34 +260,10 @@ def _compare_probabilities(metric: str, ours: Pieces, stock: Pieces, truths: Pie
     }
 
 
-@torch.inference_mode()
-def referee(model: Any, questions: Questions, requests: NDArray[np.int64], ours: Any, stock: Any) -> dict[str, Any]:
-    """Score the requests on which two adapters are farthest apart alone and in float64; return how far each is from that."""
-    sequences, _, _ = to_sequences(questions.encoded, CONTEXT)
-    apart = np.abs(ours["logprobs"] - stock["logprobs"])
-    worst = np.argsort(-apart)[:REFEREED]
-    model, names, found = model.double(), list(questions.metrics), []
-    for place in worst:
-        sequence = sequences[requests[place]]
-        ids_t = torch.from_numpy(sequence.ids.astype(np.int64)).to(model.device)
-        logits_tv = model(ids_t[None, :-1]).logits[0, -sequence.scored :].double()
-        targets_t = ids_t[-sequence.scored :, None]
-        exact = float((logits_tv.gather(1, targets_t)[:, 0] - logits_tv.logsumexp(1)).sum())
-        found.append(
-            {
-                "benchmark": names[questions.benchmark_n[requests[place]]],
-                "tokens": len(sequence.ids),
-                "scored": sequence.scored,
-                "logprob": exact,
-                "ours": float(ours["logprobs"][place] - exact),
-                "stock": float(stock["logprobs"][place] - exact),
-            }
-        )
-    return {
-        "requests": found,
-        "largest_error_ours": max(abs(facts["ours"]) for facts in found),
-        "largest_error_stock": max(abs(facts["stock"]) for facts in found),
-    }
+def errors(exact: NDArray[np.float64], answers: dict[str, Any]) -> dict[str, float]:
+    """Return how far log-probabilities are from those of float64, and how many are farther than a tie."""
+    apart = np.abs(answers["logprobs"] - exact)
+    return {"max": float(apart.max()), "mean": float(apart.mean()), "beyond_1e-4": int((apart > TIE).sum())}
 
 
 def open_model(args: argparse.Namespace, ids: int) -> Any:
@@ -325,12 +299,16 @@ def measure(args: argparse.Namespace) -> None:
         "model": Path(args.model).name if args.model else f"{args.preset}, random weights",
         "requests": len(questions.question_n),
     }
-    exact = questions.sample(args.per_benchmark)
-    model = open_model(args, ids)
-    scorer = Scorer(model, "float32", CONTEXT)
-    ours, stock = through_ours(scorer, questions, exact), through_stock(model, questions, exact, args.batch, "float64")
-    result["float32"] = compare(questions, exact, ours, stock)
-    result["float32"]["referee"] = referee(model, questions, exact, ours, stock)
+    few = questions.sample(args.per_benchmark)
+    model = open_model(args, ids).double()
+    scorer = Scorer(model, "float64", CONTEXT)
+    ours, stock = through_ours(scorer, questions, few), through_stock(model, questions, few, args.batch, "float64")
+    result["float64"] = compare(questions, few, ours, stock)
+    exact = stock["logprobs"]
+    scorer = Scorer(model.float(), "float32", CONTEXT)
+    ours, stock = through_ours(scorer, questions, few), through_stock(model, questions, few, args.batch, "float64")
+    result["float32"] = compare(questions, few, ours, stock)
+    result["float32"]["errors"] = {"ours": errors(exact, ours), "stock": errors(exact, stock)}
     _save(result, args)
     if cuda or args.bfloat16:
         del scorer, model
@@ -351,7 +329,7 @@ def measure(args: argparse.Namespace) -> None:
             result["whole_suite"]["tokens_per_second"] = whole["tokens"] / whole["seconds"]
             _save(result, args)
     rows = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float64", "float32", "bfloat16"):
         if facts := result.get(precision):
             rows += [
                 (f"{precision}: requests · questions", f"{facts['requests']:,} · {facts['questions']:,}"),
@@ -359,7 +337,7 @@ def measure(args: argparse.Namespace) -> None:
                 ("  seconds: ours · stock", f"{facts['ours']['seconds']:.1f} · {facts['stock']['seconds']:.1f}"),
                 ("  times faster", f"{facts['speed_ratio']:.2f}"),
                 ("  largest difference of log-probabilities", f"{facts['max_logprob_difference']:.2e}"),
-                *_refereed(facts),
+                *_errors(facts),
                 *((f"  {name}, {of['metric']}", _said(of)) for name, of in facts["by_benchmark"].items()),
             ]
     if whole_facts := result.get("whole_suite"):
@@ -368,12 +346,11 @@ def measure(args: argparse.Namespace) -> None:
     table(f"{result['model']} on {result['device']}", ["", ""], rows)
 
 
-def _refereed(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    if "referee" not in facts:
+def _errors(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "errors" not in facts:
         return []
-    errors = (facts["referee"][f"largest_error_{name}"] for name in ("ours", "stock"))
-    name = f"  farthest {REFEREED} beside float64: ours · stock, at most"
-    return [(name, " · ".join(f"{error:.2e}" for error in errors))]
+    both = [facts["errors"][name] for name in ("ours", "stock")]
+    return [("  beside float64, at most: ours · stock", " · ".join(f"{its['max']:.2e}" for its in both))]
 
 
 def _said(facts: dict[str, Any]) -> str:

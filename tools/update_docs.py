@@ -258,7 +258,7 @@ def evaluation_speed() -> str:
     ]
     stamps = []
     for result in load("evaluation").values():
-        for precision in ("float32", "bfloat16"):
+        for precision in ("float64", "float32", "bfloat16"):
             if precision not in result:
                 continue
             facts = result[precision]
@@ -276,8 +276,19 @@ def evaluation_speed() -> str:
                 f"| {whole['seconds']:.1f} | | | |"
             )
         stamps.append(_measured(result["environment"], "torch"))
-    lines += _decisions(load("evaluation"))
+    lines += _roundings(load("evaluation")) + _decisions(load("evaluation"))
     return "\n".join([*lines, "", f"`python benchmarks/evaluation.py measure`; {'; '.join(dict.fromkeys(stamps))}."])
+
+
+def _roundings(results: dict[str, Any]) -> list[str]:
+    """Return how far both adapters' float32 is from float64."""
+    lines = []
+    for result in results.values():
+        for name, its in result["float32"].get("errors", {}).items():
+            where = f"{result['model']} · {result['device']} · {'ours' if name == 'ours' else 'HFLM'}"
+            lines.append(f"| {where} | {its['max']:.1e} | {its['mean']:.1e} | {its['beyond_1e-4']} |")
+    titles = "| float32 beside float64 | at most, nats | in the mean | requests beyond 1e-4 |"
+    return ["", titles, "|---|" + "---:|" * 3, *lines] if lines else []
 
 
 def _decisions(results: dict[str, Any]) -> list[str]:

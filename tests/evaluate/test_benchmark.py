@@ -70,15 +70,19 @@ def test_decisions_are_those_of_each_metric(benchmark, questions):
     assert truthful["largest_difference"] == pytest.approx(1 / (1 + np.exp(-2)) - 0.5)
 
 
-def test_float64_tells_whose_rounding_sets_two_adapters_apart(benchmark, questions):
+def test_in_float64_adapters_differ_by_nothing_and_float32s_rounding_is_told(benchmark, questions):
     config = AutoConfig.for_model(
         "mobillama", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     requests = np.arange(18)
-    ours = benchmark.through_ours(Scorer(model, "float32", benchmark.CONTEXT), questions, requests)
-    stock = ours | {"logprobs": ours["logprobs"] + np.where(requests == 7, 0.5, 0)}
-    found = benchmark.referee(model, questions, requests, ours, stock)
-    assert found["largest_error_ours"] < 1e-5 and found["largest_error_stock"] == pytest.approx(0.5, abs=1e-5)
-    assert found["requests"][0]["benchmark"] == "MMLU" and found["requests"][0]["tokens"] == 2
+    rounded = benchmark.through_ours(Scorer(model, "float32", benchmark.CONTEXT), questions, requests)
+    model = model.double()
+    exact = benchmark.through_ours(Scorer(model, "float64", benchmark.CONTEXT), questions, requests)
+    stock = benchmark.through_stock(model, questions, requests, 4, "float64")
+    assert benchmark.compare(questions, requests, exact, stock)["max_logprob_difference"] < 1e-12
+    assert 0 < benchmark.errors(stock["logprobs"], rounded)["max"] < 1e-5
+    wrong = rounded | {"logprobs": rounded["logprobs"] + np.where(requests == 7, 0.5, 0)}
+    found = benchmark.errors(stock["logprobs"], wrong)
+    assert found["beyond_1e-4"] == 1 and found["max"] == pytest.approx(0.5, abs=1e-5)

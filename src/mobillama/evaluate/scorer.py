@@ -42,8 +42,8 @@ class Scorer:
     """Scores sequences with a transformers model in evaluation mode.
 
     Args:
-        model: a causal language model, its weights in float32; see ``precision``.
-        precision: what weights are cast to, once it is known how the model takes masks: ``float32`` or ``bfloat16``. The
+        model: a causal language model, its weights in float32 or float64; see ``precision``.
+        precision: with ``bfloat16`` weights are cast to it, once it is known how the model takes masks; else they stay. The
             logits of a head that is one matrix are in float32 even so: in bfloat16 those between 16 and 32 would be
             multiples of 1/8, and the choices of many a question equal.
         longest: sequences up to so many tokens are packed; longer ones are read one a row.
@@ -111,10 +111,10 @@ class Scorer:
         output_n, targets_n = (self._tensor(part).long() for part in (batch.output_n, batch.targets_n))
         totals, likeliest = [], []
         for part_mv in logits_mv.split(max(1, _CHUNK // logits_mv.shape[1])):
-            totals.append(part_mv.float().logsumexp(1))
+            totals.append(_wide(part_mv).logsumexp(1))
             likeliest.append(part_mv.argmax(1))
         total_m, likeliest_m = torch.cat(totals), torch.cat(likeliest)
-        logprobs_n = logits_mv[output_n, targets_n].float() - total_m[output_n]
+        logprobs_n = _wide(logits_mv[output_n, targets_n]) - total_m[output_n]
         hits_n = likeliest_m[output_n] == targets_n
 
         def collect() -> list[Score]:
@@ -181,6 +181,10 @@ class Scorer:
     def _tensor(self, array: NDArray[np.int32]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def multiply_in_float32(x_mc: Tensor, weight_vc: Tensor, bias_v: Tensor | None) -> Tensor:

@@ -156,6 +156,21 @@ def test_a_slot_is_used_again_after_truncation_and_its_neighbours_do_not_notice(
     assert engine.memory.cache == 2 * NativeEngine(model, 1).memory.cache
 
 
+@pytest.mark.parametrize(("kind", "head"), [("q4_0", 32), ("q4_0", 40), ("f16", 32)])
+def test_a_copied_beginning_has_the_bits_of_one_that_was_read(kind, head):
+    model = model_of(kind, num_key_value_heads=2, head_dim=head)
+    for name in kernels():
+        alone = NativeEngine(model, 1, name).feed_each(IDS)
+        engine = NativeBatchEngine(model, 3, 2, name)
+        engine.feed([(0, IDS[:100]), (2, IDS[50:150])])
+        for length in (1, 15, 33, 64, 100, 120):  # in the middle of a block, at its border, and more than there are
+            engine.copy(0, 2, length)
+            kept = min(length, 100)
+            assert engine.length(2) == kept
+            assert np.array_equal(engine.feed_each([(2, IDS[kept:])]), alone[kept:]), (name, length)
+        assert np.array_equal(engine.feed([(0, IDS[100:])])[0], alone[-1])
+
+
 def test_work_that_cannot_be_taken_in_is_refused_and_changes_nothing():
     engine = NativeBatchEngine(model_of("q4_0"), 2, 1)
     expected = engine.feed([(0, IDS[:4]), (1, IDS[:9])])

@@ -53,6 +53,22 @@ def test_a_sequence_fed_alone_gives_the_same_bits():
         np.testing.assert_array_equal(batch.feed([(2, ids)])[0], alone.feed(ids))
 
 
+def test_a_copied_beginning_is_that_of_the_other_slot_and_of_no_one_elses():
+    model = model_of(num_key_value_heads=1)
+    batch, alone = TorchBatchEngine(model, 3), TorchEngine(model)
+    batch.feed([(2, [9, 9, 9, 9, 9, 9]), (0, [5, 6, 7, 8])])
+    batch.feed([(2, [9])])  # its row is now the first
+    for length, rest in ((3, [11, 12]), (9, [13])):
+        batch.copy(0, 2, length)
+        kept = [5, 6, 7, 8][:length]
+        assert batch.length(2) == len(kept)
+        alone.truncate(0)
+        alone.feed(kept)
+        np.testing.assert_allclose(batch.feed([(2, rest)])[0], alone.feed(rest), rtol=1e-4, atol=1e-5)
+    alone.truncate(4)
+    np.testing.assert_allclose(batch.feed([(0, [1])])[0], alone.feed([1]), rtol=1e-4, atol=1e-5)
+
+
 def test_a_context_is_filled_to_its_last_place_and_not_beyond():
     engine = TorchBatchEngine(model_of(), 2, context_length=6)
     engine.feed([(0, [1, 2, 3, 4, 5]), (1, [1])])

@@ -107,6 +107,22 @@ def test_long_prompts_are_read_piece_by_piece_while_others_go_on(scheduler):
     assert len(end_of(short)[1]) == 399
 
 
+def test_answers_to_prompts_that_begin_alike_read_the_beginning_once(scheduler):
+    engine, metrics = scheduler._engine, scheduler._metrics
+    ids = np.random.default_rng(0).integers(3, 500, 600).tolist()
+    prompts = [ids, ids, [*ids[:500], 7, 8, 9]]
+    boxes, _ = submit(scheduler, *(request(its, 6) for its in prompts))
+    together = [end_of(box) for box in boxes]
+    assert metrics.prompt_tokens == 600 + 600 + 503 and metrics.reused_tokens == 599 + 500
+    assert sum(size for sizes in engine.fed for size in sizes if size > 1) == 600 + 3
+    for its, found in zip(prompts, together, strict=True):
+        for slot in range(engine.slots):
+            engine.truncate(slot, 0)
+        scheduler._held = [[] for _ in range(engine.slots)]
+        (box,), _ = submit(scheduler, request(its, 6))
+        assert end_of(box) == found
+
+
 def test_of_the_first_token_is_told_at_once_and_of_the_others_together(scheduler, monkeypatch):
     monkeypatch.setattr(scheduling, "TOGETHER", 1e9)
     told = queue.Queue()

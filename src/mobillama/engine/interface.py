@@ -88,6 +88,10 @@ class BatchEngine(Protocol):
         """Forget all tokens of a slot from position ``length`` on."""
         ...
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make a slot hold the first ``length`` tokens of another, at most all that the other holds, and no more."""
+        ...
+
 
 class OneSlot:
     """An engine of one sequence as an engine of one slot."""
@@ -114,6 +118,10 @@ class OneSlot:
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all tokens from position ``length`` on."""
+        self._engine.truncate(length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Keep the first ``length`` tokens: there is no other slot."""
         self._engine.truncate(length)
 
 

@@ -144,6 +144,11 @@ class NativeBatchEngine:
         """Forget all tokens of a slot from position ``length`` on."""
         self._lengths[slot] = min(length, self._lengths[slot])
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make a slot hold the first ``length`` tokens of another."""
+        self._library.mobillama_copy(self._model, source, target, min(length, self._lengths[source]))
+        self._lengths[target] = min(length, self._lengths[source])
+
     def multiply_only(self, tokens: int, parts: Sequence[str] = tuple(_PARTS)) -> None:
         """Do matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
 

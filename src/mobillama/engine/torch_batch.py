@@ -57,6 +57,14 @@ class TorchBatchEngine:
         self._lengths[slot] = min(length, self._lengths[slot])
 
     @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make a slot hold the first ``length`` tokens of another."""
+        here, there = self._row_of[source], self._row_of[target]
+        self._lengths[target] = kept = min(length, self._lengths[source])
+        for tensor_lbhsd in (self._keys_lbhsd, self._values_lbhsd):
+            tensor_lbhsd[:, there, :, :kept] = tensor_lbhsd[:, here, :, :kept]
+
+    @torch.inference_mode()
     def feed(self, work: Sequence[tuple[int, Sequence[int]]]) -> NDArray[np.float32]:
         """Take in tokens; return the logits that follow: see :meth:`mobillama.engine.interface.BatchEngine.feed`.
 

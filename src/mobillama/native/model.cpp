@@ -226,6 +226,22 @@ public:
         pool.run([&](int t) { forward(t, ids, logits); });
     }
 
+    // Give a slot the first `positions` tokens of another.
+    void copy(int from, int to, int positions) {
+        const Kind kind = (Kind)shape.cache;
+        const size_t of_keys = padded(positions, PANEL) / PANEL * key_panel;
+        const size_t of_values = panel_bytes(kind, padded(positions, 2 * BLOCK));
+        for (int l = 0; l < shape.layers; l++)
+            for (int h = 0; h < shape.key_heads; h++) {
+                const uint8_t* source = head_at(from, l, h);
+                uint8_t* target = head_at(to, l, h);
+                memcpy(target, source, of_keys);
+                for (size_t panel = values_at; panel < scales_at; panel += value_panel)
+                    memcpy(target + panel, source + panel, of_values);
+                if (kind == Q8_0) memcpy(target + scales_at, source + scales_at, positions * sizeof(float));
+            }
+    }
+
     // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
     // measuring. Of no tokens: the same weights are read, by the same threads in the same order, and nothing else. Parts: 1
     // attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of the largest matrix.
@@ -465,10 +481,14 @@ private:
     // What the first `positions` of a sequence left at a layer's head.
     Cache cache_of(int slot, int l, int h, int positions) const {
         const Kind kind = (Kind)shape.cache;
-        uint8_t* start = cache + (((size_t)slot * shape.layers + l) * shape.key_heads + h) * head_bytes;
+        uint8_t* start = head_at(slot, l, h);
         return {{kind, padded(positions, PANEL), shape.head_width, start, key_panel},
                 {kind, shape.head_width, padded(positions, BLOCK), start + values_at, value_panel},
                 kind == Q8_0 ? (float*)(start + scales_at) : nullptr};
+    }
+
+    uint8_t* head_at(int slot, int l, int h) const {
+        return cache + (((size_t)slot * shape.layers + l) * shape.key_heads + h) * head_bytes;
     }
 
     const Shape shape;
@@ -540,5 +560,7 @@ API int mobillama_chunk() { return CHUNK; }
 API void mobillama_feed(Model* model, const int32_t* ids, const Run* runs, int count, float* logits) {
     model->feed(ids, runs, count, logits);
 }
+
+API void mobillama_copy(Model* model, int from, int to, int positions) { model->copy(from, to, positions); }
 
 API void mobillama_multiply_only(Model* model, int parts, int n, float* out) { model->multiply_only(parts, n, out); }

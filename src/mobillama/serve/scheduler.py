@@ -1,8 +1,9 @@
 """Requests decoded together: one thread owns the engine and feeds it once a step.
 
-A request waits in a queue until a slot is free, takes the slot that already holds the longest beginning of its prompt, and
-keeps it until it ends. A step feeds each slot its next token, and at most ``CHUNK`` tokens of prompts that are still being
-read, so that a long prompt delays the others little.
+A request waits in a queue until a slot is free and keeps it until it ends. What any slot holds of its prompt is not computed
+again: if that slot is not free, its keys and values are copied. A prompt that begins like one that is being read waits for it,
+so that several answers to one prompt, or questions behind one system message, read it once. A step feeds each slot its next
+token, and at most ``CHUNK`` tokens of prompts that are still being read, so that a long prompt delays the others little.
 
 Who asked is told of the first token at once, and then of all tokens that came within ``TOGETHER`` seconds at a time: a small
 model draws one every millisecond, and telling of it costs a tenth of that.
@@ -30,6 +31,7 @@ from mobillama.serve.writer import Writer
 
 CHUNK = 256
 TOGETHER = 0.03
+WORTH = 32  # tokens for which a request waits until another has read them
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 
 
@@ -102,6 +104,11 @@ class _Running:
         self.writer = Writer(token_bytes, ticket.request.stops)
         self.untold: list[Piece | Finish] = []
         self.is_urgent = False  # whether what is untold is told at once: the first token, or the end
+
+    @property
+    def reads(self) -> bool:
+        """Whether the prompt is still being read."""
+        return self.fed < len(self.ticket.request.ids)
 
     @property
     def waits_for_one(self) -> bool:
@@ -211,14 +218,19 @@ class Scheduler:
     def _admit(self) -> None:
         free = set(range(self._engine.slots)) - {running.slot for running in self._running}
         while free and self._waiting:
+            ids = self._waiting[0].request.ids
+            held = [shared_length(its, ids) for its in self._held]
+            kept = min(max(held), len(ids) - 1)
+            if any(running.reads and shared_length(running.ids, ids) >= kept + WORTH for running in self._running):
+                self._is_asked = True  # look again after the next step
+                return
             ticket = self._waiting.popleft()
-            ids = ticket.request.ids
-            shared = {slot: shared_length(self._held[slot], ids) for slot in free}
-            slot = max(free, key=lambda slot: (shared[slot], -self._used[slot]))
+            slot = min(free, key=lambda slot: (held[slot] < kept, self._used[slot]))
             free.remove(slot)
-            kept = min(shared[slot], len(ids) - 1)
+            if held[slot] < kept:
+                self._engine.copy(held.index(max(held)), slot, kept)
             self._engine.truncate(slot, kept)
-            del self._held[slot][kept:]
+            self._held[slot] = list(ids[:kept])
             self._used[slot] = self._metrics.steps + 1
             self._metrics.count_prompt(len(ids), kept)
             self._running.append(_Running(ticket, slot, kept, self._token_bytes))

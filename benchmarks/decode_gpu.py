@@ -118,6 +118,8 @@ CONTENDERS: dict[str, Callable[[ModelConfig, argparse.Namespace], Generate]] = {
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the speed of one contender, in this process."""
     config = dataclasses.replace(PRESETS[args.preset][0], max_position_embeddings=args.context)
+    if args.layers:
+        config = dataclasses.replace(config, num_hidden_layers=args.layers)
     cuda = args.device.startswith("cuda")
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", default=list(CONTENDERS))
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="tokens that fit the cache (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="of the model: few are compiled soon (default: the preset's)")
     parser.add_argument("--tokens", type=int, default=256, help="decoded tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements, the median counts (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=240, help="seconds for a contender (default: %(default)s)")
@@ -197,9 +200,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in args.contenders:
         found[name] = measure_apart(args.preset, name, args.limit)
-    show(f"{args.preset}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
+    name = f"{args.preset}, {args.layers} layers" if args.layers else args.preset
+    show(f"{name}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
     results = read_json(args.out) if args.out.exists() else {}
-    results[f"{args.preset}, {args.device}"] = {
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    results[f"{name}, {machine}"] = {
         "environment": environment(),
         "command": " ".join(["benchmarks/decode_gpu.py", *_without_out(sys.argv[1:])]),
         "weights": "random",

@@ -524,22 +524,19 @@ def decode_gpu() -> str:
     """Return what benchmarks/decode_gpu.py measured, if it is recorded."""
     if not (RESULTS / "decode-gpu.json").exists():
         return ""
-    lines = ["| model | contender | tokens/s | × transformers | GB/s multiplied |", "|---|---|---:|---:|---:|"]
-    results = load("decode-gpu")
-    for name, result in results.items():
+    lines = ["| model · GPU | contender | tokens/s | × transformers | GB/s multiplied |", "|---|---|---:|---:|---:|"]
+    stamps = []
+    for name, result in load("decode-gpu").items():
         peer = result["contenders"].get("transformers", {}).get("tokens_per_second")
+        stamps.append(_measured(result["environment"], "torch"))
         for contender, facts in result["contenders"].items():
             if "error" not in facts:
                 ratio = f"{facts['tokens_per_second'] / peer:.2f}" if peer else ""
                 lines.append(
-                    f"| {name.partition(',')[0]} | {contender} | {facts['tokens_per_second']:.0f} | {ratio} | "
+                    f"| {' · '.join(name.rsplit(', ', 1))} | {contender} | {facts['tokens_per_second']:.0f} | {ratio} | "
                     f"{facts['gb_per_second_multiplied']:,.0f} |"
                 )
-    last = next(reversed(results.values()))
-    device = next(facts["device"] for facts in last["contenders"].values() if "device" in facts)
-    return "\n".join(
-        [*lines, "", f"One {device}, batch 1, bfloat16, random weights; {_measured(last['environment'], 'torch')}."]
-    )
+    return "\n".join([*lines, "", f"Batch 1, bfloat16, random weights; {'; '.join(dict.fromkeys(stamps))}."])
 
 
 def browser() -> str:

@@ -36,6 +36,11 @@ inline V load_part(const float* p, int n) {
     memcpy(part, p, n * sizeof(float));
     return load(part);
 }
+inline V first_of(V a, int n) {
+    float all[16];
+    store(all, a);
+    return load_part(all, n);
+}
 inline void store_part(float* p, V a, int n) {
     float part[16];
     store(part, a);
@@ -333,15 +338,15 @@ void softmax(float* scores, int limit, int room, const float* factors) {
     const V least = set(-largest(most));
     V total = set(0);
     for (int s = 0; s < limit; s += 16) {
-        const V p = exponential(add(load(scores + s), least));
-        store_part(scores + s, p, limit - s < 16 ? limit - s : 16);
-        for (int i = limit; i < s + 16; i++) scores[i] = 0;
-        total = add(total, load(scores + s));
+        V p = exponential(add(load(scores + s), least));
+        if (limit - s < 16) p = first_of(p, limit - s);
+        store(scores + s, p);
+        total = add(total, p);
     }
     const V inverse = set(1.0f / sum(total));
     for (int s = 0; s < limit; s += 16) {
         const V p = mul(load(scores + s), inverse);
-        store(scores + s, factors ? mul(p, load_part(factors + s, limit - s < 16 ? limit - s : 16)) : p);
+        store(scores + s, factors ? mul(p, limit - s < 16 ? load_part(factors + s, limit - s) : load(factors + s)) : p);
     }
     for (int s = padded(limit, 16); s < room; s++) scores[s] = 0;
 }

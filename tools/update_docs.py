@@ -840,10 +840,11 @@ def serving() -> str:
     )
     row(
         "memory in the second · last fifth",
-        lambda r: "{second_fifth:,} · {last_fifth:,} MiB".format(**r["soak"]["resident_mib"]),
+        lambda r: "{second_fifth:,.0f} · {last_fifth:,.0f} MiB".format(**r["soak"]["resident_mib"]),
     )
     stamps = dict.fromkeys(_measured(result["environment"]) for result in results.values())
-    return "\n".join([*lines, "", f"`python benchmarks/serve.py MODEL`; {'; '.join(stamps)}."])
+    remarks = "".join(f" {name}: {result['remark']}." for name, result in results.items() if result["remark"])
+    return "\n".join([*lines, "", f"`python benchmarks/serve.py MODEL`; {'; '.join(stamps)}.{remarks}"])
 
 
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {

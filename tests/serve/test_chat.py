@@ -15,7 +15,7 @@ from mobillama.serve.chat import Conversation, chat
 class Echo:
     """An engine that answers "ok." and an end mark, and keeps what it was fed."""
 
-    vocab_size = 512
+    name, vocab_size = "echo", 512
 
     def __init__(self, tokenizer, context_length):
         self.context_length, self.held, self.largest = context_length, [], 0
@@ -123,7 +123,7 @@ def test_a_conversation_is_saved_and_goes_on(tokenizer_path, tmp_path):
     engine, tokenizer, shown = talk(tokenizer_path, [*lines, f"/save {tmp_path}/no/such.json", "more"])
     for words in (
         "nothing was said yet",
-        "deep.json: not valid JSON",
+        "deep.json: is no JSON",
         "name the file",
         "no such file",
         "'robot' is none of",

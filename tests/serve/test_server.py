@@ -222,7 +222,7 @@ def test_a_server_that_stops_tells_who_still_listens(chat_model):
             listening.sendall(f"{head}{len(body)}\r\n\r\n{body}".encode())
             received = listening.recv(65536)
             process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
+            assert "once more stops at once" in process.stdout.readline()
             process.send_signal(signal.SIGINT)  # the answer takes seconds; it is not waited for
             while part := listening.recv(65536):
                 received += part

@@ -39,7 +39,9 @@ def add(verbs: Verbs) -> None:
         "--name", default="", help="what clients call the model (default: the file's or directory's name)"
     )
     verb.add_argument("--slots", type=at_least(1), default=8, help="requests decoded together (default: %(default)s)")
-    verb.add_argument("--queue", type=at_least(0), default=64, help="requests that may wait (default: %(default)s)")
+    verb.add_argument(
+        "--queue", type=at_least(0), default=64, help="requests that may wait for a slot (default: %(default)s)"
+    )
     verb.add_argument(
         "--token-file", type=Path, help="holds a secret that clients must send; needed to listen beyond this machine"
     )

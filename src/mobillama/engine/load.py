@@ -47,8 +47,9 @@ def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
     able = engines_for(path)
     if engine != "auto":
         if engine not in able:
+            remedy = f"mobillama export gguf {path} FILE.gguf" if engine == NATIVE else "export it anew"
             raise UsageError(
-                f"{path}: was made for {able[0]}, {engine} cannot open it; leave --engine out, or export it anew"
+                f"{path}: was made for {able[0]}, {engine} cannot open it; leave --engine out, or {remedy}"
             )
         return engine
     if able[0] == NATIVE and (device == "cuda" or not _native_is_built()):

@@ -70,7 +70,9 @@ def library() -> ctypes.CDLL:
     path = _found()
     try:
         if path is None:
-            print("mobillama: compiling the native decoder, once for this version …", file=sys.stderr)
+            print(
+                "mobillama: compiling the native decoder, once for this version; about half a minute …", file=sys.stderr
+            )
             path = build(_cache())
             _remove_unused(_cache())
         elif path.parent == _cache():

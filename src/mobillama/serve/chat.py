@@ -16,7 +16,7 @@ from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.interface import Engine
 from mobillama.engine.sampling import Sampling
 from mobillama.engine.stream import Session, stream_tokens, text_of
-from mobillama.errors import MobiLlamaError, UsageError
+from mobillama.errors import CorruptDataError, MobiLlamaError, UsageError
 from mobillama.record.files import read_json, write_json
 from mobillama.serve.turns import Continuation, turns_of
 
@@ -80,7 +80,7 @@ class Conversation:
         self._random = np.random.default_rng(seed)
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
-        self.context_length = engine.context_length
+        self.engine_name, self.context_length = engine.name, engine.context_length
         self._room = engine.context_length - min(max_tokens, engine.context_length // 2)
         self.last = Answer()
 
@@ -138,7 +138,6 @@ class Conversation:
 
         Raises:
             UsageError: the file holds none; what was there stays.
-            CorruptDataError: it is no JSON.
         """
         messages = _saved_messages(path)
         first = 1 if messages[0]["role"] == "system" else 0
@@ -177,7 +176,10 @@ class Conversation:
 def _saved_messages(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    messages = read_json(path).get("messages")
+    try:
+        messages = read_json(path).get("messages")
+    except CorruptDataError:
+        raise UsageError(f"{path}: is no JSON, so no conversation that was saved") from None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UsageError(f"{path}: holds no list of messages")
     try:
@@ -226,7 +228,7 @@ def _command(conversation: Conversation, name: str, argument: str, note: Callabl
         elif name == "/stats":
             note(_stats(conversation))
         else:
-            note(HELP)
+            note(HELP if name == "/help" else f"{name}: no such command\n{HELP}")
     except MobiLlamaError as error:
         note(str(error))
     except OSError as error:
@@ -237,6 +239,7 @@ def _stats(conversation: Conversation) -> str:
     last = conversation.last
     held = last.prompt_tokens + last.tokens
     facts: dict[str, Any] = {
+        "engine": conversation.engine_name,
         "messages": len(conversation.messages),
         "context": f"{held} of {conversation.context_length} tokens",
         "last prompt": f"{last.prompt_tokens} tokens, {last.computed_tokens} of them computed",

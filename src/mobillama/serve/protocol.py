@@ -189,7 +189,9 @@ def _options(body: dict[str, Any], max_tokens: int | None, top: int | None) -> O
         defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
         sampling = Sampling(**defaults | given)
     except UsageError as error:
-        raise RequestError(str(error), str(error).split(":")[0].replace("-", "_")) from None
+        field, reason = str(error).split(":", 1)
+        key = field.replace("-", "_")
+        raise RequestError(f"{key}:{reason}", key) from None
     stream_options = body.get("stream_options")
     if stream_options is not None and not isinstance(stream_options, dict):
         raise RequestError("stream_options: is no object", "stream_options")

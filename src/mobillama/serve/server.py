@@ -97,6 +97,7 @@ def serve(
     guarded = Guard(make_app(state, lifespan), listen.token, listen.allow_hosts, listen.allow_origins, state.metrics)
     server = _Server(
         state,
+        say,
         uvicorn.Config(
             guarded,
             http=Connection,
@@ -125,9 +126,9 @@ def serve(
 class _Server(uvicorn.Server):
     """Stops at a signal: answers under way have a while to end, or until a second signal; then an error ends them."""
 
-    def __init__(self, state: State, config: uvicorn.Config) -> None:
+    def __init__(self, state: State, say: Callable[[str], None], config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._state, self._hurries = state, False
+        self._state, self._say, self._hurries = state, say, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of a signal."""
@@ -143,6 +144,8 @@ class _Server(uvicorn.Server):
         ending.cancel()
 
     async def _end_answers(self) -> None:
+        if self._state.scheduler and any(self._state.scheduler.load):
+            self._say(f"stopping; answers under way have {DRAIN_SECONDS:g} s to end; once more stops at once")
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and not self._hurries:
             await asyncio.sleep(0.1)

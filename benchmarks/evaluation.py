@@ -300,7 +300,7 @@ def measure(args: argparse.Namespace) -> None:
         "requests": len(questions.question_n),
     }
     few = questions.sample(args.per_benchmark)
-    model = open_model(args, ids).double()
+    model = open_model(args, ids)
     scorer = Scorer(model, "float64", CONTEXT)
     ours, stock = through_ours(scorer, questions, few), through_stock(model, questions, few, args.batch, "float64")
     result["float64"] = compare(questions, few, ours, stock)

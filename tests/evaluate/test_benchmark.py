@@ -78,7 +78,6 @@ def test_in_float64_adapters_differ_by_nothing_and_float32s_rounding_is_told(ben
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     requests = np.arange(18)
     rounded = benchmark.through_ours(Scorer(model, "float32", benchmark.CONTEXT), questions, requests)
-    model = model.double()
     exact = benchmark.through_ours(Scorer(model, "float64", benchmark.CONTEXT), questions, requests)
     stock = benchmark.through_stock(model, questions, requests, 4, "float64")
     assert benchmark.compare(questions, requests, exact, stock)["max_logprob_difference"] < 1e-12

@@ -50,7 +50,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     verb.add_argument(
         "--precision",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "bfloat16", "float32", "float64"),
         default="auto",
         help="auto: bfloat16 where this hardware is fast in it (default: %(default)s)",
     )

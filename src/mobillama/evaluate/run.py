@@ -50,7 +50,7 @@ class Evaluator:
         cache: directory of what is kept for later evaluations.
         limit: questions of each task, and held-out sequences of each source, at most; 0: all.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: ``auto``, ``float32`` or ``bfloat16``.
+        precision: ``auto``, ``float32``, ``float64`` or ``bfloat16``.
         dataset: whose hold-out is read too, or None.
         progress: told (stage, done, total, facts).
     """

@@ -42,10 +42,10 @@ class Scorer:
     """Scores sequences with a transformers model in evaluation mode.
 
     Args:
-        model: a causal language model, its weights in float32 or float64; see ``precision``.
-        precision: with ``bfloat16`` weights are cast to it, once it is known how the model takes masks; else they stay. The
-            logits of a head that is one matrix are in float32 even so: in bfloat16 those between 16 and 32 would be
-            multiples of 1/8, and the choices of many a question equal.
+        model: a causal language model, its weights in float32; see ``precision``.
+        precision: what the model is cast to, once it is known how it takes masks: ``float32``, ``float64`` or ``bfloat16``.
+            With the last, the logits of a head that is one matrix are in float32 even so: in bfloat16 those between 16 and
+            32 would be multiples of 1/8, and the choices of many a question equal.
         longest: sequences up to so many tokens are packed; longer ones are read one a row.
         batch_tokens: tokens through the model at once; 0: as suits the device.
         packs: whether rows hold trees; None: if the model heeds our masks, which is then found out.
@@ -69,6 +69,8 @@ class Scorer:
         self._head = model.get_output_embeddings()
         self._head.register_forward_pre_hook(self._keep_outputs)
         self.packs = self._heeds_mask_and_positions(longest) if packs is None else packs
+        if precision == "float64":
+            model.double()
         if precision == "bfloat16":  # buffers, of rotary frequencies say, stay in float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)

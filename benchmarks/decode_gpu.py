@@ -203,7 +203,7 @@ def main() -> None:
     name = f"{args.preset}, {args.layers} layers" if args.layers else args.preset
     show(f"{name}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
     results = read_json(args.out) if args.out.exists() else {}
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    machine = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
     results[f"{name}, {machine}"] = {
         "environment": environment(),
         "command": " ".join(["benchmarks/decode_gpu.py", *_without_out(sys.argv[1:])]),

@@ -223,7 +223,7 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.contenders = args.contenders or DEFAULTS[args.device.partition(":")[0]]
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    machine = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
     key = f"{args.preset}, {machine}{', data' if args.data else ''}"
     known = read_json(args.out) if args.out.exists() else {}
     here = {"environment": environment(), "micro_batch": args.micro_batch}

@@ -611,7 +611,7 @@ def exports() -> str:
         lines += [f"| `{row['form']}` | {engine} | {answer} |" for engine, answer in row["answers"].items()]
     measured = _measured(result["environment"], "torch", "onnxruntime")
     stamp = f"`python benchmarks/exports.py {result['model']}`; {measured}; "
-    stamp += f"executorch, by `--forms executorch`: {_measured(lowered['environment'], 'torch')}"
+    stamp += f"executorch, by `--forms executorch --results …/exports-executorch.json`: {_measured(lowered['environment'], 'torch')}"
     (rounding,) = (row["rounding_of_activations_in_torch"]["kl_nats_per_token"] for row in lowered["rows"])
     return "\n".join(
         [

@@ -166,6 +166,14 @@ def test_what_the_type_cannot_hold_is_refused_by_name(tokenizer_path, tmp_path):
 
 
 @installed
+def test_a_model_that_does_not_bear_rounded_activations_is_refused(tokenizer_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mobillama.deploy.executorch._MOST_ROUNDING_KL", 1e-9)
+    with pytest.raises(UsageError, match="take --type float32"):
+        export_executorch(directory_of(tokenizer_path, tmp_path / "model"), tmp_path / "m.pte")
+    assert not list(tmp_path.glob("*m.pte*"))
+
+
+@installed
 @pytest.mark.parametrize("slight", [False, True], ids=["rotary positions", "scales 3% too large"])
 def test_a_program_that_computes_something_else_is_not_kept(slight, tokenizer_path, tmp_path, monkeypatch):
     source = directory_of(tokenizer_path, tmp_path / "model")

@@ -123,6 +123,30 @@ def test_answers_to_prompts_that_begin_alike_read_the_beginning_once(scheduler):
         assert end_of(box) == found
 
 
+def test_conversations_behind_one_system_message_keep_a_slot_each(scheduler):
+    draw, metrics = np.random.default_rng(1), scheduler._metrics
+    system = draw.integers(3, 500, 40).tolist()
+    talks = [[*system, *draw.integers(3, 500, 100).tolist()] for _ in range(2)]
+    for turn in range(3):
+        for ids in talks:
+            before = metrics.reused_tokens
+            (box,), _ = submit(scheduler, request(ids))
+            reason, said = end_of(box)
+            assert reason == LENGTH and (turn == 0 or metrics.reused_tokens - before >= len(ids) - 6)
+            ids += [*said, 9, 10]
+
+
+def test_a_copy_that_fails_is_read_anew(scheduler, capfd):
+    engine = scheduler._engine
+    ids = np.random.default_rng(2).integers(3, 500, 200).tolist()
+    (box,), _ = submit(scheduler, request(ids))
+    answer = end_of(box)
+    engine.copy = lambda *_: (_ for _ in ()).throw(RuntimeError("gone"))
+    boxes, _ = submit(scheduler, request(ids), request(ids))
+    assert [end_of(box) for box in boxes] == [answer, answer]
+    assert scheduler._metrics.failures == 1 and "gone" in capfd.readouterr().err
+
+
 def test_of_the_first_token_is_told_at_once_and_of_the_others_together(scheduler, monkeypatch):
     monkeypatch.setattr(scheduling, "TOGETHER", 1e9)
     told = queue.Queue()

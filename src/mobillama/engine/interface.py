@@ -89,7 +89,7 @@ class BatchEngine(Protocol):
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Make a slot hold the first ``length`` tokens of another, at most all that the other holds, and no more."""
+        """Make a slot hold the first ``length`` tokens of another one, at most all that it holds, and no more."""
         ...
 
 

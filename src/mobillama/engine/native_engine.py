@@ -146,8 +146,9 @@ class NativeBatchEngine:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make a slot hold the first ``length`` tokens of another."""
-        self._library.mobillama_copy(self._model, source, target, min(length, self._lengths[source]))
-        self._lengths[target] = min(length, self._lengths[source])
+        kept = min(length, self._lengths[source])
+        self._library.mobillama_copy(self._model, source, target, kept)
+        self._lengths[target] = kept
 
     def multiply_only(self, tokens: int, parts: Sequence[str] = tuple(_PARTS)) -> None:
         """Do matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.

@@ -217,23 +217,35 @@ class Scheduler:
 
     def _admit(self) -> None:
         free = set(range(self._engine.slots)) - {running.slot for running in self._running}
-        while free and self._waiting:
-            ids = self._waiting[0].request.ids
+        for ticket in list(self._waiting):
+            if not free:
+                return
+            ids = ticket.request.ids
             held = [shared_length(its, ids) for its in self._held]
             kept = min(max(held), len(ids) - 1)
             if any(running.reads and shared_length(running.ids, ids) >= kept + WORTH for running in self._running):
                 self._is_asked = True  # look again after the next step
-                return
-            ticket = self._waiting.popleft()
-            slot = min(free, key=lambda slot: (held[slot] < kept, self._used[slot]))
+                continue
+            self._waiting.remove(ticket)
+            # A slot that loses nothing rather than one that holds more, then one without a copy, then the one longest unused.
+            slot = min(free, key=lambda at: (len(self._held[at]) > held[at], held[at] < kept, self._used[at]))
             free.remove(slot)
             if held[slot] < kept:
-                self._engine.copy(held.index(max(held)), slot, kept)
+                kept = self._copied(held.index(max(held)), slot, kept)
             self._engine.truncate(slot, kept)
             self._held[slot] = list(ids[:kept])
             self._used[slot] = self._metrics.steps + 1
             self._metrics.count_prompt(len(ids), kept)
             self._running.append(_Running(ticket, slot, kept, self._token_bytes))
+
+    def _copied(self, source: int, target: int, length: int) -> int:
+        """Copy what a slot holds to another; return how much that other holds: nothing if the engine fails."""
+        try:
+            self._engine.copy(source, target, length)
+        except Exception as error:  # as in a step; the prompt is read anew
+            self._metrics.count_failure(error)
+            return 0
+        return length
 
     def _step(self) -> None:
         started, budget = time.monotonic(), CHUNK

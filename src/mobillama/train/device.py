@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where this hardware multiplies it fast."""
+    """Return the precision that was asked for; ``auto`` is bfloat16 where this hardware multiplies it fast, else float32."""
     if asked == "auto":
         return "bfloat16" if _has_fast_bfloat16(device) else "float32"
     return asked

@@ -47,7 +47,7 @@ def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
     able = engines_for(path)
     if engine != "auto":
         if engine not in able:
-            remedy = f"mobillama export gguf {path} FILE.gguf" if engine == NATIVE else "export it anew"
+            remedy = f"run mobillama export gguf {path} FILE.gguf" if engine == NATIVE else "export it anew"
             raise UsageError(
                 f"{path}: was made for {able[0]}, {engine} cannot open it; leave --engine out, or {remedy}"
             )

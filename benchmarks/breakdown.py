@@ -87,7 +87,7 @@ def _three_products(tokens: int, outputs: int, inputs: int, float8: bool) -> flo
             map(_milliseconds, (lambda: x_ni @ weight_oi.T, lambda: grad_no @ weight_oi, lambda: grad_no.T @ x_ni))
         )
     multiply = Float8()
-    weight, grad, x = multiply.operand(weight_oi), multiply.gradient(grad_no), multiply.operand(x_ni)
+    weight, grad, x = multiply.weight(weight_oi), multiply.gradient(grad_no), multiply.weight(x_ni)
 
     def product(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, fast: bool) -> Any:
         return lambda: torch._scaled_mm(a, b.T, a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)

@@ -104,7 +104,7 @@ def test_nothing_waits_for_the_garbage_collector():
 def test_gradients_are_e5m2_and_the_rest_e4m3():
     x = torch.randn(32, 48)
     assert [part.dtype for part in Float8().gradient(x)[:2]] == [torch.float8_e5m2] * 2
-    assert [part.dtype for part in Float8().operand(x)[:2]] == [torch.float8_e4m3fn] * 2
+    assert [part.dtype for part in Float8().weight(x)[:2]] == [torch.float8_e4m3fn] * 2
 
 
 def test_a_mask_is_refused_where_it_would_be_left_out():

@@ -43,37 +43,43 @@ def swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _swiglu_backward_kernel(gate_up, grad, gradient, output, largest, size, inner: tl.constexpr, block: tl.constexpr):
+def _swiglu_gradients(gate, up, grad):
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, silu * up
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    gate_up, grad, gradient, output, largest, size, inner: tl.constexpr, write: tl.constexpr, block: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = index < size
     left = index // inner * inner + index  # of the gate in rows of 2·inner
     gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    of_gate, of_up = g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
-    tl.store(gradient + left, of_gate, mask=inside)
-    tl.store(gradient + left + inner, of_up, mask=inside)
-    tl.store(output + index, silu * up, mask=inside)
-    tl.store(largest + tl.program_id(0), tl.max(tl.maximum(tl.abs(of_gate), tl.abs(of_up))))
+    of_gate, of_up, result = _swiglu_gradients(gate, up, g)
+    if write:
+        tl.store(gradient + left, of_gate, mask=inside)
+        tl.store(gradient + left + inner, of_up, mask=inside)
+        tl.store(output + index, result, mask=inside)
+    else:
+        tl.store(largest + tl.program_id(0), tl.max(tl.maximum(tl.abs(of_gate), tl.abs(of_up))))
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :func:`swiglu`'s gradient (n, 2 i) for one of its output, the output again, and the gradient's largest
-    magnitudes part by part.
-    """
-    gate_up, grad = gate_up.contiguous(), grad.contiguous()
-    gradient, output = torch.empty_like(gate_up), torch.empty_like(grad)
-    programs = triton.cdiv(grad.numel(), 1024)
-    largest = grad.new_empty(programs, dtype=torch.float32)
-    _swiglu_backward_kernel[(programs,)](gate_up, grad, gradient, output, largest, grad.numel(), grad.shape[1], 1024)
+def _launch_swiglu_backward(gate_up: Tensor, grad: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
+    size, block = grad.numel(), 1024
+    programs = triton.cdiv(size, block)
+    gradient, output = (part.new_empty(part.shape if write else 0) for part in (gate_up, grad))
+    largest = grad.new_empty(0 if write else programs, dtype=torch.float32)
+    _swiglu_backward_kernel[(programs,)](gate_up, grad, gradient, output, largest, size, grad.shape[1], write, block)
     return gradient, output, largest
 
 
 @torch.library.custom_op("mobillama::swiglu_backward", mutates_args=())
 def _swiglu_backward_cuda(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    gradient, output, _ = swiglu_backward(gate_up, grad)
+    gradient, output, _ = _launch_swiglu_backward(gate_up.contiguous(), grad.contiguous(), write=True)
     return gradient, output
 
 
@@ -84,10 +90,10 @@ def _(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _rotate_kernel(
-    q, k, v, q_out, k_out, v_out, cos, sin, table_rows, sign,
+    q, k, v, q_out, k_out, v_out, cos, sin, largest, table_rows, sign,
     q_stride, k_stride, v_stride, q_out_stride, k_out_stride, v_out_stride,
     heads: tl.constexpr, key_heads: tl.constexpr, half: tl.constexpr, tile: tl.constexpr, width: tl.constexpr,
-    in_turn: tl.constexpr,
+    in_turn: tl.constexpr, in_place: tl.constexpr, report: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * tile
@@ -110,32 +116,46 @@ def _rotate_kernel(
         tl.store(target + begin + both, pairs, mask=both < 2 * half)
         return
     index = begin + column
-    left, right = tl.load(source + index, mask=inside), tl.load(source + index + half, mask=inside)
+    left = tl.load(source + index, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + index + half, mask=inside, other=0.0).to(tl.float32)
     if first < heads + key_heads:
-        c, s = tl.load(cos + table, mask=inside), tl.load(sin + table, mask=inside) * sign
-        tl.store(target + index, left * c - right * s, mask=inside)
-        tl.store(target + index + half, right * c + left * s, mask=inside)
-    else:
+        c, s = tl.load(cos + table, mask=inside, other=0.0), tl.load(sin + table, mask=inside, other=0.0) * sign
+        left, right = left * c - right * s, right * c + left * s
+    if report:
+        place = row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(largest + place, tl.max(tl.maximum(tl.abs(left), tl.abs(right))))
+    if not in_place or first < heads + key_heads:
         tl.store(target + index, left, mask=inside)
         tl.store(target + index + half, right, mask=inside)
 
 
 def _launch(
-    sources: Parts, targets: Parts, cos_btd: Tensor, sin_btd: Tensor, sign: float, in_turn: bool = False
-) -> None:
+    sources: Parts,
+    targets: Parts,
+    cos_btd: Tensor,
+    sin_btd: Tensor,
+    sign: float,
+    in_turn: bool = False,
+    report: bool = False,
+) -> Tensor:
     """Rotate the first two of three (b, t, h, d) tensors, whose heads lie together, into ``targets``; copy the third.
 
-    In place the third stays as it is; only there may the halves of a head take turns.
+    In place the third stays as it is, and it is read only for the largest magnitudes part by part, which ``report`` asks
+    for; only there may the halves of a head take turns, and those are not reported.
     """
     batch, tokens, heads, head_dim = sources[0].shape
     key_heads = sources[1].shape[2]
     tile = min(32, math.gcd(heads, key_heads) & -math.gcd(heads, key_heads))
-    moved = heads + key_heads if sources is targets else heads + 2 * key_heads
-    _rotate_kernel[(batch * tokens, moved // tile)](
-        *sources, *targets, cos_btd, sin_btd, cos_btd.shape[0] * cos_btd.shape[1], sign,
+    in_place = sources is targets
+    read = heads + key_heads if in_place and not report else heads + 2 * key_heads
+    programs = batch * tokens, read // tile
+    largest = cos_btd.new_empty(math.prod(programs) if report else 0)
+    _rotate_kernel[programs](
+        *sources, *targets, cos_btd, sin_btd, largest, cos_btd.shape[0] * cos_btd.shape[1], sign,
         *(part.flatten(0, 1).stride(0) for part in (*sources, *targets)),
-        heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2), in_turn,
+        heads, key_heads, head_dim // 2, tile, triton.next_power_of_2(head_dim // 2), in_turn, in_place, report,
     )  # fmt: skip
+    return largest
 
 
 @torch.library.custom_op("mobillama::rotate", mutates_args=())
@@ -165,15 +185,15 @@ def _empty_joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def rotate_in_place(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool, in_turn: bool
-) -> None:
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool, in_turn: bool, report: bool
+) -> Tensor:
     """See :func:`mobillama.model.rotary.rotate_in_place`."""
     parts = split_heads(qkv, heads, head_dim)
-    _launch(parts, parts, cos, sin, -1.0 if back else 1.0, in_turn)
+    return _launch(parts, parts, cos, sin, -1.0 if back else 1.0, in_turn, report)
 
 
 @triton.jit
-def _normalise_kernel(x, weight, y, factor, largest, width, eps, block: tl.constexpr):
+def _normalise_kernel(x, weight, y, factor, largest, width, eps, write: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
@@ -181,13 +201,15 @@ def _normalise_kernel(x, weight, y, factor, largest, width, eps, block: tl.const
     f = 1.0 / tl.sqrt(tl.sum(v * v) / width + eps)
     tl.store(factor + row, f)
     result = v * f * tl.load(weight + column, mask=inside, other=0.0)
-    tl.store(y + row * width + column, result, mask=inside)
+    if write:
+        tl.store(y + row * width + column, result, mask=inside)
     tl.store(largest + row, tl.max(tl.abs(result)))
 
 
 @triton.jit
 def _normalise_backward_kernel(
-    x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width, block: tl.constexpr
+    x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width,
+    write: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block)
     inside = column < width
@@ -203,58 +225,77 @@ def _normalise_backward_kernel(
         result = inward + tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + place, result, mask=inside)
         tl.store(largest + row, tl.max(tl.abs(result)))
-        tl.store(y + place, scaled * w, mask=inside)
+        if write:
+            tl.store(y + place, scaled * w, mask=inside)
         of_weight += grad * scaled
     tl.store(grad_weight + tl.program_id(0) * width + column, of_weight, mask=inside)
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(x: Tensor, weight: Tensor, eps: float, output: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mobillama.model.norm.normalise`."""
     rows, width = x.shape
-    y, factor, largest = torch.empty_like(x), *x.new_empty(2, rows, dtype=torch.float32)
-    _normalise_kernel[(rows,)](x, weight, y, factor, largest, width, eps, triton.next_power_of_2(width))
+    y, factor, largest = x.new_empty(x.shape if output else 0), *x.new_empty(2, rows, dtype=torch.float32)
+    _normalise_kernel[(rows,)](x, weight, y, factor, largest, width, eps, output, triton.next_power_of_2(width))
     return y, factor, largest
 
 
 def normalise_backward(
-    x: Tensor, factor: Tensor, weight: Tensor, grad_y: Tensor, grad_x: Tensor
+    x: Tensor, factor: Tensor, weight: Tensor, grad_y: Tensor, grad_x: Tensor, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mobillama.model.norm.normalise_backward`."""
     rows, width = x.shape
-    total, y, largest = torch.empty_like(x), torch.empty_like(x), torch.empty_like(factor)
+    total, y, largest = torch.empty_like(x), x.new_empty(x.shape if output else 0), torch.empty_like(factor)
     programs = min(rows, _PROGRAMS)
     grad_weight = x.new_empty(programs, width, dtype=torch.float32)
     _normalise_backward_kernel[(programs,)](
         x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width,
-        triton.next_power_of_2(width), num_warps=8,
+        output, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return total, y, grad_weight.sum(0), largest
 
 
 @triton.jit
+def _bound(largest):
+    """The magnitude that becomes a type's greatest number."""
+    return tl.maximum(tl.load(largest), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _scaled(v, bound, most, dtype: tl.constexpr):
+    v = tl.maximum(v * (most / bound), -most, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, most, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
 def _quantise_kernel(
-    x, largest, rows_out, columns_out, inverse, rows, width, most,
-    write_rows: tl.constexpr, write_columns: tl.constexpr, tile: tl.constexpr,
+    x, largest, factor, weight, rows_out, columns_out, inverse, rows, width, most,
+    norm: tl.constexpr, write_rows: tl.constexpr, write_columns: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     row64, column64 = row.to(tl.int64), column.to(tl.int64)
     inside = (row[:, None] < rows) & (column[None, :] < width)
-    bound = tl.maximum(tl.load(largest), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    bound = _bound(largest)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(inverse, bound / most)
-    v = tl.load(x + row64[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32) * (most / bound)
-    v = tl.maximum(v, -most, propagate_nan=tl.PropagateNan.ALL)
-    v = tl.minimum(v, most, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.load(x + row64[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if norm:
+        f = tl.load(factor + row, mask=row < rows, other=0.0)
+        v = v * f[:, None] * tl.load(weight + column, mask=column < width, other=0.0)[None, :]
+    v = _scaled(v, bound, most, rows_out.dtype.element_ty)
     if write_rows:
-        tl.store(rows_out + row64[:, None] * width + column[None, :], v.to(rows_out.dtype.element_ty), mask=inside)
+        tl.store(rows_out + row64[:, None] * width + column[None, :], v, mask=inside)
     if write_columns:
-        turned = tl.trans(v.to(columns_out.dtype.element_ty))
-        tl.store(columns_out + column64[:, None] * rows + row[None, :], turned, mask=tl.trans(inside))
+        tl.store(columns_out + column64[:, None] * rows + row[None, :], tl.trans(v), mask=tl.trans(inside))
 
 
 def quantise(
-    x: Tensor, largest: Tensor, dtype: torch.dtype, by_row: bool, by_column: bool
+    x: Tensor,
+    largest: Tensor,
+    dtype: torch.dtype,
+    by_row: bool,
+    by_column: bool,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mobillama.train.arithmetic.quantise`."""
     rows, width = x.shape
@@ -262,6 +303,51 @@ def quantise(
     columns_out = x.new_empty((width, rows) if by_column else 0, dtype=dtype)
     inverse, tile = x.new_empty((), dtype=torch.float32), 64
     _quantise_kernel[(triton.cdiv(rows, tile), triton.cdiv(width, tile))](
-        x, largest, rows_out, columns_out, inverse, rows, width, torch.finfo(dtype).max, by_row, by_column, tile
-    )
+        x, largest, *(norm or (x, x)), rows_out, columns_out, inverse, rows, width, torch.finfo(dtype).max,
+        norm is not None, by_row, by_column, tile,
+    )  # fmt: skip
     return rows_out, columns_out, inverse
+
+
+@triton.jit
+def _swiglu_backward_quantise_kernel(
+    gate_up, grad, largest, largest_output, rows_out, columns_out, output_columns, inverses,
+    rows, inner, most, most_output, tile: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    row64, column64 = row.to(tl.int64), column.to(tl.int64)
+    inside = (row[:, None] < rows) & (column[None, :] < inner)
+    left = row64[:, None] * (2 * inner) + column[None, :]  # of the gate in rows of 2·inner
+    gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row64[:, None] * inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    of_gate, of_up, output = _swiglu_gradients(gate, up, g)
+    bound, bound_output = _bound(largest), _bound(largest_output)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(inverses, bound / most)
+        tl.store(inverses + 1, bound_output / most_output)
+    of_gate = _scaled(of_gate, bound, most, rows_out.dtype.element_ty)
+    of_up = _scaled(of_up, bound, most, rows_out.dtype.element_ty)
+    output = _scaled(output, bound_output, most_output, output_columns.dtype.element_ty)
+    tl.store(rows_out + left, of_gate, mask=inside)
+    tl.store(rows_out + left + inner, of_up, mask=inside)
+    turned, inside = column64[:, None] * rows + row[None, :], tl.trans(inside)
+    tl.store(columns_out + turned, tl.trans(of_gate), mask=inside)
+    tl.store(columns_out + turned + inner.to(tl.int64) * rows, tl.trans(of_up), mask=inside)
+    tl.store(output_columns + turned, tl.trans(output), mask=inside)
+
+
+def quantised_swiglu_backward(gate_up: Tensor, grad: Tensor, largest_output: Tensor) -> tuple[Parts, Parts]:
+    """See :func:`mobillama.train.arithmetic.quantised_swiglu_backward`."""
+    rows, inner = grad.shape
+    largest = _launch_swiglu_backward(gate_up, grad, write=False)[2].amax()
+    rows_out, columns_out = (grad.new_empty(s, dtype=torch.float8_e5m2) for s in ((rows, 2 * inner), (2 * inner, rows)))
+    output_columns = grad.new_empty((inner, rows), dtype=torch.float8_e4m3fn)
+    inverses, tile = grad.new_empty(2, dtype=torch.float32), 64
+    most, most_output = (torch.finfo(part.dtype).max for part in (rows_out, output_columns))
+    _swiglu_backward_quantise_kernel[(triton.cdiv(rows, tile), triton.cdiv(inner, tile))](
+        gate_up, grad, largest, largest_output, rows_out, columns_out, output_columns, inverses,
+        rows, inner, most, most_output, tile, num_warps=8,
+    )  # fmt: skip
+    return (rows_out, columns_out, inverses[0]), (output_columns.new_empty(0), output_columns, inverses[1])

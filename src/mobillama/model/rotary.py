@@ -52,16 +52,17 @@ def rotate_in_place(
     head_dim: int,
     back: bool = False,
     in_turn: bool = False,
-) -> None:
+    report: bool = False,
+) -> Tensor:
     """Rotate queries and keys where they lie in ``qkv``; with ``back``, their gradients by the opposite angles.
 
-    With ``in_turn`` the halves of a head take turns: it rotates the pairs (2 i, 2 i + 1).
+    With ``in_turn`` the halves of a head take turns: it rotates the pairs (2 i, 2 i + 1). Returned are, part by part, the
+    largest magnitudes that then lie there, the values' among them, if ``report`` asks for them; else nothing.
     """
     if qkv_btj.is_cuda:
         from mobillama.model import kernels
 
-        kernels.rotate_in_place(qkv_btj, cos_btd, sin_btd, heads, head_dim, back, in_turn)
-        return
+        return kernels.rotate_in_place(qkv_btj, cos_btd, sin_btd, heads, head_dim, back, in_turn, report)
     for part_bthd in split_heads(qkv_btj, heads, head_dim)[:2]:
         halves_bthd = (
             part_bthd.reshape(*part_bthd.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2) if in_turn else part_bthd
@@ -70,6 +71,7 @@ def rotate_in_place(
         if in_turn:
             rotated_bthd = rotated_bthd.view(*part_bthd.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
         part_bthd.copy_(rotated_bthd)
+    return qkv_btj.abs().amax(-1) if report else qkv_btj.new_empty(0)
 
 
 class _RotatedHeads(torch.autograd.Function):

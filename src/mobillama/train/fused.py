@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mobillama.model.heads import split_heads
 from mobillama.model.linear import to_compute_type
-from mobillama.model.norm import normalise, normalise_backward
 from mobillama.model.transformer import Decoder, FeedForward, Layer
 from mobillama.recipe import ModelConfig
 from mobillama.train.arithmetic import Arithmetic, Bfloat16, Float8, Operand
@@ -145,7 +144,7 @@ def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, places: 
     gradient = _Gradient(places or _one_after_another(*map(len, weights)))
     function: Any = _Join
     value_oi = function.apply(gradient, dtype, *weights)
-    return _Joined(value_oi, arithmetic.operand(value_oi.detach()), gradient)
+    return _Joined(value_oi, arithmetic.weight(value_oi.detach()), gradient)
 
 
 @dataclass(frozen=True)
@@ -207,19 +206,17 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         multiply, (qkv, o, gate_up, down), rotation = facts.arithmetic, facts.operands, facts.rotation
         x_nc = x_btc.flatten(0, 1)
-        y_nc, factor1_n, parts = normalise(x_nc, norm1_c, facts.eps)
-        most1 = multiply.largest(y_nc, parts)
-        heads_btj = multiply.rotated_product(y_nc, most1, qkv, rotation).view(*x_btc.shape[:2], -1)
-        del y_nc
+        y, factor1_n, most1 = multiply.normalised(x_nc, norm1_c, facts.eps)
+        heads_btj = multiply.rotated_product(y, qkv, rotation).view(*x_btc.shape[:2], -1)
+        del y
         seen_bthd, rest = attention(*split_heads(heads_btj, rotation.heads, rotation.head_dim))
         seen_nc = seen_bthd.flatten(0, 1).flatten(1)
         most_seen = multiply.largest(seen_nc)
-        middle_nc = multiply.product_plus(seen_nc, most_seen, o, x_nc)
-        y_nc, factor2_n, parts = normalise(middle_nc, norm2_c, facts.eps)
-        most2 = multiply.largest(y_nc, parts)
-        gate_up_nj, gated_nk, most_gated = multiply.gated_product(y_nc, most2, gate_up)
-        del y_nc
-        out_nc = multiply.product_plus(gated_nk, most_gated, down, middle_nc)
+        middle_nc = multiply.product_plus(multiply.rows(seen_nc, most_seen), o, x_nc)
+        y, factor2_n, most2 = multiply.normalised(middle_nc, norm2_c, facts.eps)
+        gate_up_nj, gated, most_gated = multiply.gated_product(y, gate_up)
+        del y
+        out_nc = multiply.product_plus(gated, down, middle_nc)
         ctx.facts = dataclasses.replace(facts, operands=())
         ctx.operands = [len(operand) for operand in facts.operands]
         ctx.save_for_backward(
@@ -243,19 +240,21 @@ class _FusedLayer(torch.autograd.Function):
         grad_nc = grad_btc.flatten(0, 1).contiguous()
 
         grad = multiply.gradient(grad_nc)
-        grad_nj, parts, gated_nk = multiply.gated_backward(grad, down, gate_up_nj)
-        of_down.total = multiply.weight_gradient(of_down.total, grad, gated_nk, most_gated)
-        del gate_up_nj, gated_nk
-        grad = multiply.gradient(grad_nj, parts)
-        del grad_nj
-        grad_nc, y_nc, grad_norm2_c, parts = normalise_backward(
-            middle_nc, factor2_n, norm2_c, multiply.input_gradient(grad, gate_up), grad_nc
+        grad_of_gates, gated = multiply.gated_backward(grad, down, gate_up_nj, most_gated)
+        of_down.total = multiply.weight_gradient(of_down.total, grad, gated)
+        del gate_up_nj, gated
+        grad = grad_of_gates
+        del grad_of_gates
+        grad_nc, y, grad_norm2_c, parts = multiply.normalised_backward(
+            middle_nc, factor2_n, norm2_c, most2, multiply.input_gradient(grad, gate_up), grad_nc
         )
-        of_gate_up.total = multiply.weight_gradient(of_gate_up.total, grad, y_nc, most2)
-        del y_nc
+        of_gate_up.total = multiply.weight_gradient(of_gate_up.total, grad, y)
+        del y
 
         grad = multiply.gradient(grad_nc, parts)
-        of_o.total = multiply.weight_gradient(of_o.total, grad, seen_bthd.flatten(0, 1).flatten(1), most_seen)
+        seen = multiply.columns(seen_bthd.flatten(0, 1).flatten(1), most_seen)
+        of_o.total = multiply.weight_gradient(of_o.total, grad, seen)
+        del seen
         grad_btj = torch.empty_like(heads_btj)
         attention_backward(
             multiply.input_gradient(grad, o).view_as(seen_bthd),
@@ -264,11 +263,9 @@ class _FusedLayer(torch.autograd.Function):
             rest,
             split_heads(grad_btj, *widths),
         )
-        grad_nj = grad_btj.flatten(0, 1)
-        rotation.apply(grad_nj, back=True)
-        grad = multiply.gradient(grad_nj)
-        grad_nc, y_nc, grad_norm1_c, _ = normalise_backward(
-            x_nc, factor1_n, norm1_c, multiply.input_gradient(grad, qkv), grad_nc
+        grad = multiply.rotated_backward(grad_btj.flatten(0, 1), rotation)
+        grad_nc, y, grad_norm1_c, _ = multiply.normalised_backward(
+            x_nc, factor1_n, norm1_c, most1, multiply.input_gradient(grad, qkv), grad_nc
         )
-        of_qkv.total = multiply.weight_gradient(of_qkv.total, grad, y_nc, most1)
+        of_qkv.total = multiply.weight_gradient(of_qkv.total, grad, y)
         return None, grad_nc.view_as(grad_btc), grad_norm1_c, grad_norm2_c, None, None, None, None

@@ -94,10 +94,11 @@ class Rotation:
     in_turn: bool
     """Whether the halves of a head take turns."""
 
-    def apply(self, heads_nj: Tensor, back: bool = False) -> None:
-        """Rotate where they lie, or with ``back``, the gradients the other way."""
+    def apply(self, heads_nj: Tensor, back: bool = False, report: bool = False) -> Tensor:
+        """Rotate where they lie, or with ``back``, the gradients the other way; see :func:`rotate_in_place`."""
         heads_btj = heads_nj.view(-1, self.cos_btd.shape[1], heads_nj.shape[1])
-        rotate_in_place(heads_btj, self.cos_btd, self.sin_btd, self.heads, self.head_dim, back, self.in_turn)
+        facts = self.heads, self.head_dim, back, self.in_turn, report
+        return rotate_in_place(heads_btj, self.cos_btd, self.sin_btd, *facts)
 
 
 def rotated_product(x_ni: Tensor, weight_ji: Tensor, rotation: Rotation) -> Tensor:

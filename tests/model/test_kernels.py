@@ -66,7 +66,7 @@ def assert_same_operand(found, expected):
         unit = {torch.float8_e4m3fn: 2**-3, torch.float8_e5m2: 2**-2, torch.float32: 1e-6}[wanted.dtype]
         part, wanted = part.float()[keep], wanted.float()[keep]
         torch.testing.assert_close(part, wanted, rtol=unit, atol=2**-9)  # its subnormals too
-        assert part.numel() == 0 or (part != wanted).float().mean() < 0.01
+        assert part.numel() < 2 or (part != wanted).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -50,9 +50,7 @@ def _swiglu_gradients(gate, up, grad):
 
 
 @triton.jit
-def _swiglu_backward_kernel(
-    gate_up, grad, gradient, output, largest, size, inner: tl.constexpr, write: tl.constexpr, block: tl.constexpr
-):
+def _swiglu_backward_kernel(gate_up, grad, gradient, output, size, inner: tl.constexpr, block: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = index < size
     left = index // inner * inner + index  # of the gate in rows of 2·inner
@@ -60,26 +58,17 @@ def _swiglu_backward_kernel(
     up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
     of_gate, of_up, result = _swiglu_gradients(gate, up, g)
-    if write:
-        tl.store(gradient + left, of_gate, mask=inside)
-        tl.store(gradient + left + inner, of_up, mask=inside)
-        tl.store(output + index, result, mask=inside)
-    else:
-        tl.store(largest + tl.program_id(0), tl.max(tl.maximum(tl.abs(of_gate), tl.abs(of_up))))
-
-
-def _launch_swiglu_backward(gate_up: Tensor, grad: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
-    size, block = grad.numel(), 1024
-    programs = triton.cdiv(size, block)
-    gradient, output = (part.new_empty(part.shape if write else 0) for part in (gate_up, grad))
-    largest = grad.new_empty(0 if write else programs, dtype=torch.float32)
-    _swiglu_backward_kernel[(programs,)](gate_up, grad, gradient, output, largest, size, grad.shape[1], write, block)
-    return gradient, output, largest
+    tl.store(gradient + left, of_gate, mask=inside)
+    tl.store(gradient + left + inner, of_up, mask=inside)
+    tl.store(output + index, result, mask=inside)
 
 
 @torch.library.custom_op("mobillama::swiglu_backward", mutates_args=())
 def _swiglu_backward_cuda(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    gradient, output, _ = _launch_swiglu_backward(gate_up.contiguous(), grad.contiguous(), write=True)
+    gate_up, grad = gate_up.contiguous(), grad.contiguous()
+    gradient, output = torch.empty_like(gate_up), torch.empty_like(grad)
+    programs = triton.cdiv(grad.numel(), 1024)
+    _swiglu_backward_kernel[(programs,)](gate_up, grad, gradient, output, grad.numel(), grad.shape[1], 1024)
     return gradient, output
 
 
@@ -310,9 +299,8 @@ def quantise(
 
 
 @triton.jit
-def _swiglu_backward_quantise_kernel(
-    gate_up, grad, largest, largest_output, rows_out, columns_out, output_columns, inverses,
-    rows, inner, most, most_output, tile: tl.constexpr,
+def _swiglu_backward_by_column_kernel(
+    gate_up, grad, largest_output, gradient, largest, output_columns, inverse, rows, inner, most, tile: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
@@ -323,31 +311,30 @@ def _swiglu_backward_quantise_kernel(
     up = tl.load(gate_up + left + inner, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row64[:, None] * inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
     of_gate, of_up, output = _swiglu_gradients(gate, up, g)
-    bound, bound_output = _bound(largest), _bound(largest_output)
-    if tl.program_id(0) + tl.program_id(1) == 0:
-        tl.store(inverses, bound / most)
-        tl.store(inverses + 1, bound_output / most_output)
-    of_gate = _scaled(of_gate, bound, most, rows_out.dtype.element_ty)
-    of_up = _scaled(of_up, bound, most, rows_out.dtype.element_ty)
-    output = _scaled(output, bound_output, most_output, output_columns.dtype.element_ty)
-    tl.store(rows_out + left, of_gate, mask=inside)
-    tl.store(rows_out + left + inner, of_up, mask=inside)
-    turned, inside = column64[:, None] * rows + row[None, :], tl.trans(inside)
-    tl.store(columns_out + turned, tl.trans(of_gate), mask=inside)
-    tl.store(columns_out + turned + inner.to(tl.int64) * rows, tl.trans(of_up), mask=inside)
-    tl.store(output_columns + turned, tl.trans(output), mask=inside)
+    tl.store(gradient + left, of_gate, mask=inside)
+    tl.store(gradient + left + inner, of_up, mask=inside)
+    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(largest + place, tl.max(tl.maximum(tl.abs(of_gate), tl.abs(of_up))))
+    bound = _bound(largest_output)
+    if place == 0:
+        tl.store(inverse, bound / most)
+    output = _scaled(output, bound, most, output_columns.dtype.element_ty)
+    tl.store(output_columns + column64[:, None] * rows + row[None, :], tl.trans(output), mask=tl.trans(inside))
 
 
-def quantised_swiglu_backward(gate_up: Tensor, grad: Tensor, largest_output: Tensor) -> tuple[Parts, Parts]:
-    """See :func:`mobillama.train.arithmetic.quantised_swiglu_backward`."""
-    rows, inner = grad.shape
-    largest = _launch_swiglu_backward(gate_up, grad, write=False)[2].amax()
-    rows_out, columns_out = (grad.new_empty(s, dtype=torch.float8_e5m2) for s in ((rows, 2 * inner), (2 * inner, rows)))
-    output_columns = grad.new_empty((inner, rows), dtype=torch.float8_e4m3fn)
-    inverses, tile = grad.new_empty(2, dtype=torch.float32), 64
-    most, most_output = (torch.finfo(part.dtype).max for part in (rows_out, output_columns))
-    _swiglu_backward_quantise_kernel[(triton.cdiv(rows, tile), triton.cdiv(inner, tile))](
-        gate_up, grad, largest, largest_output, rows_out, columns_out, output_columns, inverses,
-        rows, inner, most, most_output, tile, num_warps=8,
+def swiglu_backward_by_column(gate_up: Tensor, grad: Tensor, largest_output: Tensor) -> tuple[Tensor, Tensor, Parts]:
+    """See :func:`mobillama.train.arithmetic.swiglu_backward_by_column`.
+
+    That the gradient is not rounded to float8 here too, by row and by column, has a reason: ptxas (CUDA 12.8) then reads
+    registers of two packed e5m2 numbers before they are written.
+    """
+    (rows, inner), tile = grad.shape, 64
+    programs = triton.cdiv(rows, tile), triton.cdiv(inner, tile)
+    gradient, largest = torch.empty_like(gate_up), grad.new_empty(math.prod(programs), dtype=torch.float32)
+    columns = grad.new_empty((inner, rows), dtype=torch.float8_e4m3fn)
+    inverse = grad.new_empty((), dtype=torch.float32)
+    _swiglu_backward_by_column_kernel[programs](
+        gate_up, grad, largest_output, gradient, largest, columns, inverse, rows, inner,
+        torch.finfo(columns.dtype).max, tile, num_warps=8,
     )  # fmt: skip
-    return (rows_out, columns_out, inverses[0]), (output_columns.new_empty(0), output_columns, inverses[1])
+    return gradient, largest, (columns.new_empty(0), columns, inverse)

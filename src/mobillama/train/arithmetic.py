@@ -96,8 +96,8 @@ class Float8:
     """Products of float8 tensors: inputs and weights in e4m3, gradients in e5m2; sums and results are wide.
 
     The hardware multiplies rows by rows, so that a tensor which two products read by row and by column is kept both ways.
-    What comes of a norm or of SwiGLU is computed twice, for its largest magnitude and then to be rounded, which moves less
-    than to write and read it between. Only the forward product sums fast, as in torchao's recipe for a scale a tensor.
+    A norm's output is computed twice, for its largest magnitude and then to be rounded, which moves less than to write and
+    read it between. Only the forward product sums fast, as in torchao's recipe for a scale a tensor.
     """
 
     in_turn = False
@@ -173,7 +173,9 @@ class Float8:
         self, grad: Operand, weight: Operand, gate_up_nj: Tensor, largest: Tensor
     ) -> tuple[Operand, Operand]:
         """Return the gradient for gates and factors, and silu(gate) · factor as the weight gradient's product takes it."""
-        return quantised_swiglu_backward(gate_up_nj, self.input_gradient(grad, weight), largest)
+        grad_nk = self.input_gradient(grad, weight)
+        grad_nj, parts, gated = swiglu_backward_by_column(gate_up_nj, grad_nk, largest)
+        return self.gradient(grad_nj, parts), gated
 
     def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
         """Return ``grad @ weight`` (n, i)."""
@@ -218,20 +220,20 @@ def quantise(
     return rows_ni if by_row else empty, rows_ni.T.contiguous() if by_column else empty, bound / most
 
 
-def quantised_swiglu_backward(gate_up_nj: Tensor, grad_nk: Tensor, largest: Tensor) -> tuple[Operand, Operand]:
-    """Return the gradient for ``gate_up`` in e5m2, by row and by column, and SwiGLU of it again in e4m3, by column.
+def swiglu_backward_by_column(gate_up_nj: Tensor, grad_nk: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Operand]:
+    """Return SwiGLU's gradient for ``gate_up``, its largest magnitudes part by part, and its output again in e4m3 by column.
 
     Args:
         gate_up_nj: gates before factors (n, 2 k).
-        grad_nk: the gradient of silu(gate) · factor.
-        largest: the largest magnitude of silu(gate) · factor ().
+        grad_nk: the output's gradient.
+        largest: the output's largest magnitude ().
     """
     if grad_nk.is_cuda:
         from mobillama.model import kernels
 
-        return kernels.quantised_swiglu_backward(gate_up_nj, grad_nk, largest)
+        return kernels.swiglu_backward_by_column(gate_up_nj, grad_nk, largest)
     grad_nj, gated_nk = swiglu_backward(gate_up_nj, grad_nk)
-    return Float8().gradient(grad_nj), Float8().columns(gated_nk, largest)
+    return grad_nj, grad_nj.abs().amax(1), Float8().columns(gated_nk, largest)
 
 
 def _rows_by_rows(

@@ -286,7 +286,11 @@ def quantise(
     by_column: bool,
     norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mobillama.train.arithmetic.quantise`."""
+    """See :func:`mobillama.train.arithmetic.quantise`; of bfloat16 alone: what ptxas (CUDA 12.8) makes of this kernel for
+    float32 reads pairs of float8 numbers before they are written.
+    """
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"float8 is made of bfloat16, not of {x.dtype}")
     rows, width = x.shape
     rows_out = x.new_empty(x.shape if by_row else 0, dtype=dtype)
     columns_out = x.new_empty((width, rows) if by_column else 0, dtype=dtype)
@@ -325,8 +329,7 @@ def _swiglu_backward_by_column_kernel(
 def swiglu_backward_by_column(gate_up: Tensor, grad: Tensor, largest_output: Tensor) -> tuple[Tensor, Tensor, Parts]:
     """See :func:`mobillama.train.arithmetic.swiglu_backward_by_column`.
 
-    That the gradient is not rounded to float8 here too, by row and by column, has a reason: ptxas (CUDA 12.8) then reads
-    registers of two packed e5m2 numbers before they are written.
+    The gradient is not rounded to float8 here too, by row and by column, for ptxas makes the same mistake there.
     """
     (rows, inner), tile = grad.shape, 64
     programs = triton.cdiv(rows, tile), triton.cdiv(inner, tile)

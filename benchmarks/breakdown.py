@@ -43,8 +43,8 @@ KINDS = (
 )
 
 
-def kernels_of(stepper: Stepper, warm_up: int, steps: int) -> tuple[dict[str, float], float]:
-    """Return the milliseconds of a step's kernels by kind, and those in which the GPU had nothing to do."""
+def kernels_of(stepper: Stepper, warm_up: int, steps: int) -> tuple[dict[str, float], float, dict[str, float]]:
+    """Return the milliseconds of a step's kernels by kind, those in which the GPU had nothing to do, and the most of others."""
     for number in range(warm_up):
         stepper.update(3e-4, stepper.gradient(number))
     torch.cuda.synchronize()
@@ -58,12 +58,17 @@ def kernels_of(stepper: Stepper, warm_up: int, steps: int) -> tuple[dict[str, fl
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
     found: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     idle, busy_until = 0.0, spans[0][0]
     for start, end, name in spans:
-        found[next(kind for kind, pattern in KINDS if re.search(pattern, name))] += end - start
+        kind = next(kind for kind, pattern in KINDS if re.search(pattern, name))
+        found[kind] += end - start
+        if kind == "other":
+            others[name] += end - start
         idle += max(0.0, start - busy_until)
         busy_until = max(busy_until, end)
-    return {kind: found[kind] / steps / 1e3 for kind, _ in KINDS if found[kind]}, idle / steps / 1e3
+    kinds = {kind: found[kind] / steps / 1e3 for kind, _ in KINDS if found[kind]}
+    return kinds, idle / steps / 1e3, {name: time / steps / 1e3 for name, time in others.most_common(12)}
 
 
 def bare_products(config: ModelConfig, tokens: int, float8: bool) -> float:
@@ -129,7 +134,7 @@ def main() -> None:
     train = our_train_config(args, args.float8, not args.compiled)
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
     stepper = Stepper(Pretraining(recipe, data), World(0, 1, 1, torch.device("cuda")))
-    kinds, idle = kernels_of(stepper, args.warm_up, args.steps)
+    kinds, idle, others = kernels_of(stepper, args.warm_up, args.steps)
     del stepper
     bare = bare_products(config, args.micro_batch * config.max_position_embeddings, args.float8)
     way = ("compiled" if args.compiled else "fused") + (", float8" if args.float8 else "")
@@ -138,6 +143,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "micro_batch": args.micro_batch,
         "milliseconds": {**kinds, "idle": idle},
+        "largest_of_other_milliseconds": others,
         "bare_products_milliseconds": bare,
     }
     write_json(args.out, {**(read_json(args.out) if args.out.exists() else {}), f"{args.preset}, {way}": result})

@@ -15,8 +15,8 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -135,11 +135,11 @@ def loaded(program: Path, option: Path | None) -> dict[str, Any]:
 def exported(model: Path, option: Path, folder: Path) -> dict[str, Any]:
     """Export a model as a user does; return what that took, what its check said, and what loading takes."""
     program, before = folder / "model.pte", time.perf_counter()
-    subprocess.run([sys.executable, "-m", "mobillama", "export", "executorch", model, program], check=True)
-    taken = {
-        "export_seconds": time.perf_counter() - before,
-        "export_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,  # of the largest child so far
-    }
+    words = [sys.executable, "-m", "mobillama", "export", "executorch", str(model), str(program)]
+    _, status, usage = os.wait4(subprocess.Popen(words).pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)}: failed")
+    taken = {"export_seconds": time.perf_counter() - before, "export_peak_mib": usage.ru_maxrss / 1024}
     return {**read_json(record_of(program)), **taken, "loads": [loaded(program, its) for its in (None, option)]}
 
 
@@ -153,6 +153,8 @@ def main() -> None:
     if args.load:
         print(json.dumps(load(*args.load)))
         return
+    if not args.models and args.results == RESULTS:
+        parser.error("the record has models; name some, or give --results another file")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=USUAL, help="(default: all but executorch)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.forms != USUAL and args.results == RESULTS:
+        parser.error("--forms: the record is of all usual forms; give --results another file")
     rows = []
     for form in args.forms:
         arguments, engines = FORMS[form]

@@ -228,6 +228,26 @@ def train_speed() -> str:
     return "\n\n".join(tables)
 
 
+def step_time() -> str:
+    """Return where a training step's time goes, a column for each way of computing it."""
+    ways = load("breakdown")
+    kinds = dict.fromkeys(kind for way in ways.values() for kind in way["milliseconds"])
+    totals = {title: sum(way["milliseconds"].values()) for title, way in ways.items()}
+
+    def cell(title: str, milliseconds: float) -> str:
+        return f"{milliseconds:.1f} · {milliseconds / totals[title]:.1%}"
+
+    lines = [f"| milliseconds · share of the step | {' | '.join(ways)} |", "|---|" + "---:|" * len(ways)]
+    for kind in kinds:
+        cells = (way["milliseconds"].get(kind) for way in ways.values())
+        lines.append(f"| {kind} | {' | '.join(cell(t, ms) if ms else '' for t, ms in zip(ways, cells, strict=True))} |")
+    lines.append(f"| step | {' | '.join(f'{total:.1f}' for total in totals.values())} |")
+    bare = (cell(title, way["bare_products_milliseconds"]) for title, way in ways.items())
+    lines.append(f"| bare products of the same shapes | {' | '.join(bare)} |")
+    stamps = dict.fromkeys(f"{way['device']}, {_measured(way['environment'], 'torch')}" for way in ways.values())
+    return "\n".join([*lines, "", f"`python benchmarks/breakdown.py`, under torch's profiler; {'; '.join(stamps)}."])
+
+
 def resume() -> str:
     """Return what the killed and resumed run on a GPU showed."""
     done = json.loads((ROOT / "docs" / "experiments" / "h100-resume" / "summary.json").read_text(encoding="utf-8"))
@@ -524,18 +544,24 @@ def decode_gpu() -> str:
     """Return what benchmarks/decode_gpu.py measured, if it is recorded."""
     if not (RESULTS / "decode-gpu.json").exists():
         return ""
-    lines = ["| model · GPU | contender | tokens/s | × transformers | GB/s multiplied |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| model · GPU | contender | tokens/s | × transformers | GB/s multiplied | ready after s |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     stamps = []
     for name, result in load("decode-gpu").items():
         peer = result["contenders"].get("transformers", {}).get("tokens_per_second")
         stamps.append(_measured(result["environment"], "torch"))
         for contender, facts in result["contenders"].items():
-            if "error" not in facts:
-                ratio = f"{facts['tokens_per_second'] / peer:.2f}" if peer else ""
-                lines.append(
-                    f"| {' · '.join(name.rsplit(', ', 1))} | {contender} | {facts['tokens_per_second']:.0f} | {ratio} | "
-                    f"{facts['gb_per_second_multiplied']:,.0f} |"
-                )
+            start = f"| {' · '.join(name.rsplit(', ', 1))} | {contender} |"
+            if "error" in facts:
+                lines.append(f"{start} {'; '.join(facts['error'])} | | | |")
+                continue
+            ratio = f"{facts['tokens_per_second'] / peer:.2f}" if peer else ""
+            lines.append(
+                f"{start} {facts['tokens_per_second']:.0f} | {ratio} | {facts['gb_per_second_multiplied']:,.0f} "
+                f"| {facts['seconds_to_ready']:.0f} |"
+            )
     return "\n".join([*lines, "", f"Batch 1, bfloat16, random weights; {'; '.join(dict.fromkeys(stamps))}."])
 
 
@@ -855,6 +881,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "faults": (ROOT / "docs" / "training.md", faults),
     "sft": (ROOT / "docs" / "chat.md", sft),
     "train-speed": (ROOT / "docs" / "training.md", train_speed),
+    "step-time": (ROOT / "docs" / "training.md", step_time),
     "h100-resume": (ROOT / "docs" / "training.md", resume),
     "data-plan": (ROOT / "docs" / "data.md", data_plan),
     "evaluation-speed": (ROOT / "docs" / "evaluation.md", evaluation_speed),

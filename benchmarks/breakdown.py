@@ -3,8 +3,8 @@
     python benchmarks/breakdown.py                          # mobillama-0.5b, fused, bfloat16
     python benchmarks/breakdown.py --float8 --preset mobillama-0.8b
 
-The bare products are those of the step, of the same shapes and precision on random numbers, one kind after another with
-nothing between them: the time that no other way of computing the rest can save.
+The bare products are those of the step, of the same shapes and input types on random numbers, all written in bfloat16, one kind
+after another with nothing between them: about the time that no other way of computing the rest can save.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ KINDS = (
 
 
 def kernels_of(stepper: Stepper, warm_up: int, steps: int) -> tuple[dict[str, float], float, dict[str, float]]:
-    """Return the milliseconds of a step's kernels by kind, those in which the GPU had nothing to do, and the most of others."""
+    """Return the milliseconds of a step's kernels by kind, those in which the GPU had nothing to do, and those of the kernels
+    that take longest among "other".
+    """
     for number in range(warm_up):
         stepper.update(3e-4, stepper.gradient(number))
     torch.cuda.synchronize()
@@ -150,6 +152,8 @@ def main() -> None:
     total = sum(kinds.values()) + idle
     rows = [(kind, f"{ms:.1f}", f"{ms / total:.1%}") for kind, ms in {**kinds, "idle": idle, "step": total}.items()]
     table(f"{args.preset}, {way}", ["", "ms a step", "share"], rows)
+    for name, ms in others.items():
+        note(f"  other: {ms:.2f} ms {name[:100]}")
     note(f"bare products of the same shapes: {bare:.1f} ms; those of the step: {kinds['products']:.1f} ms")
 
 

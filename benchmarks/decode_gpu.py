@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -197,16 +198,18 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args)))
         return
-    found: dict[str, Any] = {}
-    for name in args.contenders:
-        found[name] = measure_apart(args.preset, name, args.limit)
     name = f"{args.preset}, {args.layers} layers" if args.layers else args.preset
-    show(f"{name}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
-    results = read_json(args.out) if args.out.exists() else {}
     machine = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
-    results[f"{name}, {machine}"] = {
+    key, results = f"{name}, {machine}", read_json(args.out) if args.out.exists() else {}
+    if lost := set(results.get(key, {}).get("contenders", {})).difference(args.contenders):
+        parser.error(f"--contenders: the record has {', '.join(lost)} besides; measure all, or give --out another file")
+    found: dict[str, Any] = {}
+    for contender in args.contenders:
+        found[contender] = measure_apart(args.preset, contender, args.limit)
+    show(f"{name}, batch 1, bfloat16, random weights: {args.tokens} tokens after {PROMPT}", found)
+    results[key] = {
         "environment": environment(),
-        "command": " ".join(["benchmarks/decode_gpu.py", *_without_out(sys.argv[1:])]),
+        "command": shlex.join(["benchmarks/decode_gpu.py", *_without_out(sys.argv[1:])]),
         "weights": "random",
         "tokens": args.tokens,
         "contenders": found,

@@ -136,9 +136,11 @@ def exported(model: Path, option: Path, folder: Path) -> dict[str, Any]:
     """Export a model as a user does; return what that took, what its check said, and what loading takes."""
     program, before = folder / "model.pte", time.perf_counter()
     words = [sys.executable, "-m", "mobillama", "export", "executorch", str(model), str(program)]
-    _, status, usage = os.wait4(subprocess.Popen(words).pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(words)}: failed")
+    child = subprocess.Popen(words)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(words)}: exit code {child.returncode}")
     taken = {"export_seconds": time.perf_counter() - before, "export_peak_mib": usage.ru_maxrss / 1024}
     return {**read_json(record_of(program)), **taken, "loads": [loaded(program, its) for its in (None, option)]}
 

@@ -238,14 +238,21 @@ def step_time() -> str:
         return f"{milliseconds:.1f} · {milliseconds / totals[title]:.1%}"
 
     lines = [f"| milliseconds · share of the step | {' | '.join(ways)} |", "|---|" + "---:|" * len(ways)]
-    for kind in kinds:
+    for kind in sorted(kinds, key="idle".__eq__):
         cells = (way["milliseconds"].get(kind) for way in ways.values())
         lines.append(f"| {kind} | {' | '.join(cell(t, ms) if ms else '' for t, ms in zip(ways, cells, strict=True))} |")
     lines.append(f"| step | {' | '.join(f'{total:.1f}' for total in totals.values())} |")
     bare = (cell(title, way["bare_products_milliseconds"]) for title, way in ways.items())
     lines.append(f"| bare products of the same shapes | {' | '.join(bare)} |")
     stamps = dict.fromkeys(f"{way['device']}, {_measured(way['environment'], 'torch')}" for way in ways.values())
-    return "\n".join([*lines, "", f"`python benchmarks/breakdown.py`, under torch's profiler; {'; '.join(stamps)}."])
+    batch = ", ".join(str(count) for count in dict.fromkeys(way["micro_batch"] for way in ways.values()))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python benchmarks/breakdown.py [--float8]`, under torch's profiler, micro-batch {batch}; {'; '.join(stamps)}.",
+        ]
+    )
 
 
 def resume() -> str:

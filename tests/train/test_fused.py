@@ -105,6 +105,7 @@ def test_gradients_are_e5m2_and_the_rest_e4m3():
     x = torch.randn(32, 48)
     assert [part.dtype for part in Float8().gradient(x)[:2]] == [torch.float8_e5m2] * 2
     assert [part.dtype for part in Float8().weight(x)[:2]] == [torch.float8_e4m3fn] * 2
+    assert Float8().rows(x, x.amax())[0].dtype == Float8().columns(x, x.amax())[1].dtype == torch.float8_e4m3fn
 
 
 def test_a_mask_is_refused_where_it_would_be_left_out():

@@ -58,7 +58,12 @@ def rotate_in_place(
 
     With ``in_turn`` the halves of a head take turns: it rotates the pairs (2 i, 2 i + 1). Returned are, part by part, the
     largest magnitudes that then lie there, the values' among them, if ``report`` asks for them; else nothing.
+
+    Raises:
+        ValueError: both ``in_turn`` and ``report``, which no kernel does.
     """
+    if in_turn and report:
+        raise ValueError("heads whose halves take turns report no magnitudes")
     if qkv_btj.is_cuda:
         from mobillama.model import kernels
 

@@ -47,14 +47,16 @@ class Bfloat16:
         return (grad_no,)
 
     def normalised(self, x_nc: Tensor, weight_c: Tensor, eps: float) -> tuple[Operand, Tensor, Tensor]:
-        """Return the RMSNorm of ``x`` as the output's product takes it, each row's factor (n), its largest magnitude."""
+        """Return the RMSNorm of ``x`` as the output's product takes it, each row's factor (n), and its :meth:`largest`."""
         y_nc, factor_n, _ = normalise(x_nc, weight_c, eps)
         return (y_nc,), factor_n, self.largest(y_nc)
 
     def normalised_backward(
         self, x_nc: Tensor, factor_n: Tensor, weight_c: Tensor, largest: Tensor, grad_y_nc: Tensor, grad_x_nc: Tensor
     ) -> tuple[Tensor, Operand, Tensor, Tensor]:
-        """Return what :func:`mobillama.model.norm.normalise_backward` does, the output as the weight gradient takes it."""
+        """Return the gradient for ``x`` added to ``grad_x``, the norm's output as the weight gradient's product takes it, the
+        gradient for the norm's weight, and the first's largest magnitudes part by part.
+        """
         grad_nc, y_nc, grad_weight_c, parts = normalise_backward(x_nc, factor_n, weight_c, grad_y_nc, grad_x_nc)
         return grad_nc, (y_nc,), grad_weight_c, parts
 
@@ -72,16 +74,18 @@ class Bfloat16:
         return product_plus(x[0], weight[0], residual_no)
 
     def gated_product(self, x: Operand, weight: Operand) -> tuple[Tensor, Operand, Tensor]:
-        """Return gates and factors (n, 2 k), silu(gate) · factor as a product takes it, and the latter's largest magnitude."""
+        """Return gates and factors (n, 2 k), silu(gate) · factor as a product takes it, and the latter's :meth:`largest`."""
         gate_up_nj, gated_nk = gated_product(x[0], weight[0])
         return gate_up_nj, (gated_nk,), self.largest(gated_nk)
 
     def gated_backward(
         self, grad: Operand, weight: Operand, gate_up_nj: Tensor, largest: Tensor
-    ) -> tuple[Operand, Operand]:
-        """Return the gradient for gates and factors, and silu(gate) · factor as the weight gradient's product takes it."""
+    ) -> tuple[Tensor, Tensor | None, Operand]:
+        """Return the gradient for gates and factors, its largest magnitudes part by part, and silu(gate) · factor as the
+        weight gradient's product takes it; ``largest`` is the latter's magnitude.
+        """
         grad_nj, gated_nk = gated_product_backward(grad[0], weight[0], gate_up_nj)
-        return (grad_nj,), (gated_nk,)
+        return grad_nj, None, (gated_nk,)
 
     def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
         """Return ``grad @ weight`` (n, i)."""
@@ -96,8 +100,8 @@ class Float8:
     """Products of float8 tensors: inputs and weights in e4m3, gradients in e5m2; sums and results are wide.
 
     The hardware multiplies rows by rows, so that a tensor which two products read by row and by column is kept both ways.
-    A norm's output is computed twice, for its largest magnitude and then to be rounded, which moves less than to write and
-    read it between. Only the forward product sums fast, as in torchao's recipe for a scale a tensor.
+    A norm's output is computed anew where it is rounded, once its largest magnitude is known, which moves less than to
+    write it and read it again. Only the forward product sums fast, as in torchao's recipe for a scale a tensor.
     """
 
     in_turn = False
@@ -124,7 +128,7 @@ class Float8:
         return quantise(grad_no, largest, torch.float8_e5m2, True, True)
 
     def normalised(self, x_nc: Tensor, weight_c: Tensor, eps: float) -> tuple[Operand, Tensor, Tensor]:
-        """Return the RMSNorm of ``x`` as the output's product takes it, each row's factor (n), its largest magnitude."""
+        """Return the RMSNorm of ``x`` as the output's product takes it, each row's factor (n), and its :meth:`largest`."""
         _, factor_n, parts = normalise(x_nc, weight_c, eps, output=False)
         largest = parts.amax()
         return quantise(x_nc, largest, torch.float8_e4m3fn, True, False, (factor_n, weight_c)), factor_n, largest
@@ -132,7 +136,9 @@ class Float8:
     def normalised_backward(
         self, x_nc: Tensor, factor_n: Tensor, weight_c: Tensor, largest: Tensor, grad_y_nc: Tensor, grad_x_nc: Tensor
     ) -> tuple[Tensor, Operand, Tensor, Tensor]:
-        """Return what :func:`mobillama.model.norm.normalise_backward` does, the output as the weight gradient takes it."""
+        """Return the gradient for ``x`` added to ``grad_x``, the norm's output as the weight gradient's product takes it, the
+        gradient for the norm's weight, and the first's largest magnitudes part by part.
+        """
         given = x_nc, factor_n, weight_c, grad_y_nc, grad_x_nc
         grad_nc, _, grad_weight_c, parts = normalise_backward(*given, output=False)
         y = quantise(x_nc, largest, torch.float8_e4m3fn, False, True, (factor_n, weight_c))
@@ -154,13 +160,13 @@ class Float8:
 
     def product_plus(self, x: Operand, weight: Operand, residual_no: Tensor) -> Tensor:
         """Return ``x @ weight.T + residual`` (n, o)."""
-        return residual_no + self.product(x, weight)
+        return self.product(x, weight).to(residual_no.dtype).add_(residual_no)
 
     def gated_product(self, x: Operand, weight: Operand) -> tuple[Tensor, Operand, Tensor]:
-        """Return gates and factors (n, 2 k), silu(gate) · factor as a product takes it, and the latter's largest magnitude."""
+        """Return gates and factors (n, 2 k), silu(gate) · factor as a product takes it, and the latter's :meth:`largest`."""
         gate_up_nj = self.product(x, weight)
         if gate_up_nj.is_cuda:
-            from mobillama.model import kernels
+            from mobillama.train import float8_kernels as kernels
 
             gated_nk, parts = kernels.swiglu(gate_up_nj)
             largest = parts.amax()
@@ -171,11 +177,11 @@ class Float8:
 
     def gated_backward(
         self, grad: Operand, weight: Operand, gate_up_nj: Tensor, largest: Tensor
-    ) -> tuple[Operand, Operand]:
-        """Return the gradient for gates and factors, and silu(gate) · factor as the weight gradient's product takes it."""
-        grad_nk = self.input_gradient(grad, weight)
-        grad_nj, parts, gated = swiglu_backward_by_column(gate_up_nj, grad_nk, largest)
-        return self.gradient(grad_nj, parts), gated
+    ) -> tuple[Tensor, Tensor | None, Operand]:
+        """Return the gradient for gates and factors, its largest magnitudes part by part, and silu(gate) · factor as the
+        weight gradient's product takes it; ``largest`` is the latter's magnitude.
+        """
+        return swiglu_backward_by_column(gate_up_nj, self.input_gradient(grad, weight), largest)
 
     def input_gradient(self, grad: Operand, weight: Operand) -> Tensor:
         """Return ``grad @ weight`` (n, i)."""
@@ -209,7 +215,7 @@ def quantise(
         norm: row factors (n) and column factors (i) that ``x`` is multiplied with first.
     """
     if x_ni.is_cuda:
-        from mobillama.model import kernels
+        from mobillama.train import float8_kernels as kernels
 
         return kernels.quantise(x_ni, largest, dtype, by_row, by_column, norm)
     most = torch.finfo(dtype).max
@@ -229,11 +235,11 @@ def swiglu_backward_by_column(gate_up_nj: Tensor, grad_nk: Tensor, largest: Tens
         largest: the output's largest magnitude ().
     """
     if grad_nk.is_cuda:
-        from mobillama.model import kernels
+        from mobillama.train import float8_kernels as kernels
 
         return kernels.swiglu_backward_by_column(gate_up_nj, grad_nk, largest)
     grad_nj, gated_nk = swiglu_backward(gate_up_nj, grad_nk)
-    return grad_nj, grad_nj.abs().amax(1), Float8().columns(gated_nk, largest)
+    return grad_nj, grad_nj.abs().amax(1), quantise(gated_nk, largest, torch.float8_e4m3fn, False, True)
 
 
 def _rows_by_rows(

@@ -1,7 +1,7 @@
 """A layer's training step as one function, applied to a model from outside: the fastest way, with the least kept.
 
 In bfloat16 SwiGLU and the residual sums are in the products' epilogues. The backward pass makes a norm's output and
-SwiGLU's again where it reads their inputs anyway, so that they need not be kept. A layer keeps its input, the rotated
+SwiGLU's again from their inputs, so that they need not be kept. A layer keeps its input, the rotated
 heads, attention's output, the stream after attention, and gates with their factors: 6 h + 2 i numbers of a token.
 
 A weight that several layers use is cast once a pass, and the products of its gradients add up in float32.
@@ -240,11 +240,11 @@ class _FusedLayer(torch.autograd.Function):
         grad_nc = grad_btc.flatten(0, 1).contiguous()
 
         grad = multiply.gradient(grad_nc)
-        grad_of_gates, gated = multiply.gated_backward(grad, down, gate_up_nj, most_gated)
+        grad_nj, parts, gated = multiply.gated_backward(grad, down, gate_up_nj, most_gated)
         of_down.total = multiply.weight_gradient(of_down.total, grad, gated)
         del gate_up_nj, gated
-        grad = grad_of_gates
-        del grad_of_gates
+        grad = multiply.gradient(grad_nj, parts)
+        del grad_nj
         grad_nc, y, grad_norm2_c, parts = multiply.normalised_backward(
             middle_nc, factor2_n, norm2_c, most2, multiply.input_gradient(grad, gate_up), grad_nc
         )

@@ -67,9 +67,9 @@ struct Q8 {
     static I times(I acc, Bytes w, const int8_t* x) { return dot_signed(acc, w, x); }
 };
 
-// Products of one panel with N vectors, in 8-bit arithmetic.
+// Products of one panel with N vectors, in 8-bit arithmetic. What stands from `end` on is of no use.
 template <class Format, int N>
-inline void quantized_panel(const uint8_t* panel, int groups, const Activations* x, int stride, V* sums) {
+inline void quantized_panel(const uint8_t* panel, const uint8_t* end, int groups, const Activations* x, int stride, V* sums) {
     constexpr Layout layout = layout_of(Format::kind);
     V acc[N];
     for (int v = 0; v < N; v++) acc[v] = set(0);
@@ -77,7 +77,8 @@ inline void quantized_panel(const uint8_t* panel, int groups, const Activations*
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
         const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
         const V scale = load_half(pair + g % 2 * 32);
-        for (int line = 0; line < layout.block_bytes; line += 64) prefetch(codes + 4096 + line);
+        const uint8_t* ahead = codes + 4096 < end ? codes + 4096 : codes;
+        for (int line = 0; line < layout.block_bytes; line += 64) prefetch(ahead + line);
         Bytes w[8];
         UNROLL
         for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
@@ -144,7 +145,10 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
 
 template <class Format, int N>
 inline void panel_in_blocks(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
-    quantized_panel<Format, N>(panel, m.columns / BLOCK, in.blocks + first, in.n, sums);
+    const size_t bytes = (size_t)(m.columns / BLOCK + 1) / 2 * layout_of(Format::kind).pair_bytes;
+    const bool side_by_side = bytes == m.panel_bytes;  // else later positions' values follow, which nobody asks for yet
+    const uint8_t* end = side_by_side ? m.data + m.panels() * m.panel_bytes : panel + bytes;
+    quantized_panel<Format, N>(panel, end, m.columns / BLOCK, in.blocks + first, in.n, sums);
     for (int v = 0; v < N; v++)
         if (const int n = in.counts[first + v]) add_rests<Format>(panel, in.rests + (size_t)(first + v) * in.room, n, sums + v);
 }

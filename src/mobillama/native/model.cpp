@@ -307,6 +307,8 @@ private:
 
     void forward(int t, const int32_t* ids, float* logits) {
         const int n = (int)places.size();
+        // Whether the queries, keys and values that a thread makes are those that it attends with: none to wait for.
+        const bool own_heads = shape.key_heads % pool.size() == 0 && keys % (PANEL * pool.size()) == 0;
         for (int c = t; c < n; c += pool.size()) {
             kernels.row(matrices[embedding], ids[c], x + (size_t)c * shape.width);
             for (size_t i = 0; i < frequencies.size(); i++) {
@@ -322,9 +324,9 @@ private:
             multiply(t, matrices[layer.q], in, qkv, qkv_width, false);
             multiply(t, matrices[layer.k], in, qkv + queries, qkv_width, false);
             multiply(t, matrices[layer.v], in, qkv + queries + keys, qkv_width, false);
-            pool.barrier();
+            if (!own_heads) pool.barrier();
             place(t, layer, l);
-            pool.barrier();
+            if (!own_heads) pool.barrier();
             attend(t, l);
             pool.barrier();
             multiply(t, matrices[layer.o], normalised(t, mixed, queries, n, nullptr), x, shape.width, true);
@@ -402,32 +404,38 @@ private:
         in.room = rest_room;
     }
 
-    // Normalise and rotate queries and keys; put keys and values into the cache.
+    // Normalise and rotate queries and keys; put keys and values into the cache. Tasks are cut head by head, as in attend.
     void place(int t, const Layer& layer, int l) {
-        const int d = shape.head_width, heads = shape.heads + shape.key_heads;
-        for (int task = t; task < (int)places.size() * heads; task += pool.size()) {
-            const int c = task / heads, h = task % heads, position = places[c].position;
-            const bool query = h < shape.heads;
-            float* head = qkv + (size_t)c * qkv_width + h * d;  // keys follow queries
-            const int norm = query ? layer.query_norm : layer.key_norm;
-            if (norm >= 0) kernels.normalise(head, vectors[norm].data(), shape.eps, d, head);
-            kernels.rotate(head, cosine + (size_t)c * d / 2, sine + (size_t)c * d / 2, d,
-                           query ? 1.0f / std::sqrt((float)d) : 1.0f);
-            if (!query) {
-                const Cache its = cache_of(places[c].slot, l, h - shape.heads, position + 1);
-                const float scale = kernels.store(its.keys, its.values, head, head + keys, position);
-                if (its.scales) its.scales[position] = scale;
-            }
+        const int d = shape.head_width, n = (int)places.size();
+        const Range mine = part(shape.key_heads * n, t);
+        for (int task = mine.first; task < mine.last; task++) {
+            const int key_head = task / n, c = task % n, position = places[c].position;
+            float* token = qkv + (size_t)c * qkv_width;
+            for (int h = key_head * group; h < (key_head + 1) * group; h++)
+                turn(c, token + h * d, layer.query_norm, 1.0f / std::sqrt((float)d));
+            float* key = token + queries + key_head * d;
+            turn(c, key, layer.key_norm, 1);
+            const Cache its = cache_of(places[c].slot, l, key_head, position + 1);
+            const float scale = kernels.store(its.keys, its.values, key, key + keys, position);
+            if (its.scales) its.scales[position] = scale;
         }
+    }
+
+    // Normalise and rotate a query or key of token c.
+    void turn(int c, float* head, int norm, float scale) {
+        const int d = shape.head_width;
+        if (norm >= 0) kernels.normalise(head, vectors[norm].data(), shape.eps, d, head);
+        kernels.rotate(head, cosine + (size_t)c * d / 2, sine + (size_t)c * d / 2, d, scale);
     }
 
     // Two products, with all keys and with all values, and what makes probabilities of the first one's sums.
     void attend(int t, int l) {
         const int d = shape.head_width;
         const Own& mine = own[t];
-        for (int task = t; task < (int)tiles.size() * shape.key_heads; task += pool.size()) {
-            const int key_head = task % shape.key_heads, first = tiles[task / shape.key_heads].first;
-            const int n = tiles[task / shape.key_heads].n, positions = places[(first + n - 1) / group].position + 1;
+        const Range its_tasks = part(shape.key_heads * (int)tiles.size(), t);
+        for (int task = its_tasks.first; task < its_tasks.last; task++) {
+            const int key_head = task / (int)tiles.size(), first = tiles[task % tiles.size()].first;
+            const int n = tiles[task % tiles.size()].n, positions = places[(first + n - 1) / group].position + 1;
             const auto row_of = [&](int j, float* base, int stride) {
                 return base + (size_t)((first + j) / group) * stride + (key_head * group + (first + j) % group) * d;
             };

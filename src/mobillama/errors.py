@@ -38,7 +38,7 @@ class CorruptDataError(MobiLlamaError):
 
 
 class DivergedError(MobiLlamaError):
-    """Training produced a loss or a gradient that is not finite."""
+    """Training produced a loss or a gradient that is not finite, or a model logits that are not."""
 
     exit_code = 5
 

@@ -14,7 +14,7 @@ from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.sampling import Sampling, sample
 from mobillama.engine.stream import Session, stream_tokens, text_of
 from mobillama.engine.torch_engine import OneTokenStep
-from mobillama.errors import CorruptDataError, UsageError
+from mobillama.errors import CorruptDataError, DivergedError, UsageError
 from mobillama.model.attention import KVCache
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig
@@ -213,6 +213,13 @@ def test_sampling_that_is_no_number_is_refused(field):
     for value in (float("nan"), float("inf"), -1.0):
         with pytest.raises(UsageError, match=field.replace("_", "-")):
             Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("logits", [[0.0, np.nan, 1.0], [-np.inf, -np.inf, -np.inf], [0.0, np.inf, 1.0]])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(logits, temperature):
+    with pytest.raises(DivergedError, match="take another checkpoint"):
+        sample(np.array(logits, np.float32), Sampling(temperature), np.random.default_rng(0))
 
 
 def test_impossible_sampling_and_directories_are_named(directory, tmp_path):

@@ -66,12 +66,14 @@ def test_our_rows_stand_in_the_table_and_only_whole_evaluations_do(tmp_path, cap
         path.write_text(json.dumps({**result, **change}))
         assert main(["table", "3", "--ours", str(path.parent)]) == 2
         assert said in capsys.readouterr().err
-    path.write_text('{"format": ')
+    for damage in ('{"format": ', json.dumps(result | {"benchmarks": {}}), json.dumps(result | {"model": 3})):
+        path.write_text(damage)
+        assert main(["table", "3", "--ours", str(path.parent)]) == 4
+        assert "its result.json is damaged or cut short" in capsys.readouterr().err
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     for name, said in (
-        ("mine", "its result.json is damaged or cut short"),
         ("model", "is a model; evaluate it with --suite paper"),
         ("no", "no such directory"),
         ("empty", "holds no result.json"),

@@ -207,12 +207,25 @@ def test_broken_models_are_marked_failed(evaluator, small_model, tmp_path, fault
     result = evaluator().evaluate(find_model(str(broken), tmp_path / "cache"), tmp_path / "out", {})
     assert result["status"] == "failed" and read_result(tmp_path / "out") == result
     said, code = {
-        "nan": ("); evaluate an earlier checkpoint, or try --precision float32", 5),
+        "nan": (f"{broken}: gives logits that are not finite; evaluate an earlier checkpoint", 5),
         "missing": ("q_proj", 4),
         "cut": ("damaged", 4),
         "mute": (f"{broken / 'tokenizer.json'}: turns ", 2),
     }[fault]
     assert said in result["error"] and result["exit_code"] == code
+
+
+def test_a_model_without_numbers_says_nothing_of_its_architecture(evaluator, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    save_file(
+        {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()},
+        tmp_path / "nan" / "model.safetensors",
+    )
+    one = evaluator()
+    found = [find_model(str(place), tmp_path / "cache") for place in (tmp_path / "nan", small_model)]
+    results = [one.evaluate(files, tmp_path / str(number), {}) for number, files in enumerate(found)]
+    assert [result["status"] for result in results] == ["failed", "done"] and results[1]["packed"]
 
 
 def test_masks_are_tried_once_an_architecture_and_not_where_nothing_is_shared(

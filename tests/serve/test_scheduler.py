@@ -48,7 +48,7 @@ class Watched:
     """An engine that notes what it is fed, and fails when it is told to."""
 
     def __init__(self, engine):
-        self._engine, self.fed, self.fails = engine, [], False
+        self._engine, self.fed, self.fails, self.diverges = engine, [], False, False
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
@@ -57,7 +57,7 @@ class Watched:
         self.fed.append([len(ids) for _, ids in work])
         if self.fails:
             raise RuntimeError("out of memory")
-        return self._engine.feed(work)
+        return self._engine.feed(work) * (np.nan if self.diverges else 1)
 
 
 @pytest.fixture
@@ -166,6 +166,15 @@ def test_a_failing_engine_ends_what_ran_and_the_next_request_is_answered(schedul
     assert end_of(submit(scheduler, request([5, 6, 7]))[0][0]) == expected == (LENGTH, expected[1])
     said = capfd.readouterr().err
     assert "RuntimeError: out of memory" in said and "5" not in said
+
+
+def test_logits_that_are_not_finite_end_what_ran_and_the_next_request_is_answered(scheduler, capfd):
+    expected = end_of(submit(scheduler, request([5, 6, 7]))[0][0])
+    scheduler._engine.diverges = True
+    assert end_of(submit(scheduler, request([5, 6, 7]))[0][0]) == (FAILED, [])
+    scheduler._engine.diverges = False
+    assert end_of(submit(scheduler, request([5, 6, 7]))[0][0]) == expected
+    assert "take another checkpoint" in capfd.readouterr().err
 
 
 def test_the_queue_is_bounded_and_what_waits_can_be_cancelled(scheduler):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobillama.cli.verbs import add_group, add_verb, at_least, new_path
+from mobillama.cli.verbs import add_group, add_verb, at_least, new_file
 from mobillama.engine import ENGINES
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def add(verbs: Verbs) -> None:
         help="an interpreter with llama-cpp-python (default: this one, if it has it)",
     )
     verb.add_argument("--remark", default="", help="what readers must know, e.g. 'random weights'")
-    verb.add_argument("--out", type=new_path, metavar="FILE.json", help="record the figures")
-    verb.add_argument("--picture", type=new_path, metavar="FILE.png", help="draw them")
+    verb.add_argument("--out", type=new_file, metavar="FILE.json", help="record the figures")
+    verb.add_argument("--picture", type=new_file, metavar="FILE.png", help="draw them")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 

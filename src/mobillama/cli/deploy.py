@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobillama.cli.verbs import add_group, add_verb, at_least, new_path
+from mobillama.cli.verbs import add_group, add_verb, at_least, new_file, new_path
 
 if TYPE_CHECKING:
     from mobillama.cli.verbs import Verbs
@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
 
     verb = add_verb(group, "gguf", _export_gguf, "a GGUF file, checked against the original")
     verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
-    verb.add_argument("out", type=new_path, help="the file to make; the check's figures go to OUT.json")
+    verb.add_argument("out", type=new_file, help="the file to make; the check's figures go to OUT.json")
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--shared", action="store_true", help="what layers share once (default if they share anything)")
     form.add_argument(
@@ -82,7 +82,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("model", type=Path, help="a model directory (a checkpoint's model/) or a GGUF file")
     verb.add_argument(
         "out",
-        type=new_path,
+        type=new_file,
         help="the .pte file to make; the check's figures go to OUT.json, the tokenizer to OUT.tokenizer.model or .json",
     )
     verb.add_argument(

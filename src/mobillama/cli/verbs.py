@@ -64,6 +64,13 @@ def new_path(text: str) -> Path:
     return Path(text)
 
 
+def new_file(text: str) -> Path:
+    """Return the path of a file to make in a directory that is there, or argparse tells the user before work begins."""
+    if not new_path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent}: no such directory; make it first")
+    return Path(text)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from ``least`` on."""
 

@@ -88,6 +88,8 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, dev
             for each in able
             if engine in ("auto", each)
         ]
+    if not found and engine == LLAMA_CPP and not llama_python:
+        raise UsageError("--engine llama.cpp: llama-cpp-python is not installed here; --llama-python names where it is")
     if not found:
         raise UsageError(
             f"--engine: none of the models was made for {engine}; engines are {', '.join(ENGINES)}, {LLAMA_CPP}"

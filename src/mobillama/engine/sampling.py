@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mobillama.errors import UsageError
+from mobillama.errors import DivergedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,19 @@ def sample(
         sampling: how to draw.
         random: what to draw with; untouched at temperature 0.
         seen: the prompt's and the answer's tokens so far, for the penalty.
+
+    Raises:
+        DivergedError: the logits hold NaN, or none is finite.
     """
     if sampling.repetition_penalty != 1 and len(seen):
         logits_v = _penalised(logits_v, sampling.repetition_penalty, seen)
+    most = logits_v.max()
+    if not np.isfinite(most):
+        raise DivergedError(f"the model gives {most} as its largest logit; take another checkpoint")
     if sampling.temperature == 0:
         return int(logits_v.argmax())
     # Before the division, which a tiny temperature makes infinite.
-    weights = logits_v - logits_v.max()
+    weights = logits_v - most
     weights /= np.float32(max(sampling.temperature, _LEAST))
     np.exp(weights, out=weights)
     ids = None  # all

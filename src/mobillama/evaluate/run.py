@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mobillama.evaluate.requests import LoadedTask
 
 Progress = Callable[..., None]
-_OTHER_WEIGHTS = "evaluate an earlier checkpoint, or try --precision float32"
+_OTHER_WEIGHTS = "evaluate an earlier checkpoint; if it was in bfloat16, try --precision float32"
 SCORING = 2  # one more whenever the same model comes to answer otherwise; 2: logits in float32
 
 
@@ -187,7 +187,10 @@ class Evaluator:
                 questions.append((question, numbers[request]))
         started, asked = time.perf_counter(), len(sequences)
         longest = max((len(sequence.inputs) for sequence in sequences), default=1)
-        scorer, packs = self._scorer(model, longest, any(number for _, number in questions))
+        try:
+            scorer, packs = self._scorer(model, longest, any(number for _, number in questions))
+        except DivergedError as error:
+            raise DivergedError(f"{files.name}: {error}") from None
         wanted_tokens, answered = scorer.batch_tokens, 0
         for scores in scorer.score(sequences):
             for score in scores:

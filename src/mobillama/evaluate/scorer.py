@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mobillama.errors import UsageError
+from mobillama.errors import DivergedError, UsageError
 from mobillama.evaluate.tree import Batch, Sequence, batches, pack
 from mobillama.model.linear import Linear
 
@@ -134,6 +134,9 @@ class Scorer:
 
         The row is as long as rows get, in branches of half a sequence, so that the windows of local attention would fall on
         the wrong tokens. It is compared in the model's float32, in which rounding and a wrong mask are far apart.
+
+        Raises:
+            DivergedError: the model's logits are not finite, which says nothing of its architecture.
         """
         half = max(1, longest // 2)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -151,6 +154,8 @@ class Scorer:
                     raise
                 return False  # what a model makes of arguments that it does not know: it is read without them
         packed, alone = outputs
+        if not alone.isfinite().all():
+            raise DivergedError("gives logits that are not finite; evaluate an earlier checkpoint")
         spread = alone - alone.mean(1, keepdim=True)
         return bool((packed - alone).square().mean() < 1e-6 * spread.square().mean())
 

@@ -25,7 +25,7 @@ from mobillama.data.tokenizer import Tokenizer
 from mobillama.engine.interface import BatchEngine
 from mobillama.engine.sampling import Sampling, log_probabilities, sample
 from mobillama.engine.stream import shared_length
-from mobillama.errors import MobiLlamaError
+from mobillama.errors import DivergedError, MobiLlamaError
 from mobillama.serve.metrics import Metrics
 from mobillama.serve.writer import Writer
 
@@ -271,7 +271,11 @@ class Scheduler:
             running.fed += len(ids)
             self._held[running.slot] += ids
             if running.fed == len(running.ids):
-                self._take(running, logits_v)
+                try:
+                    self._take(running, logits_v)
+                except DivergedError as error:
+                    self._fail(error)
+                    return
                 is_urgent |= running.is_urgent
         if now + took > self._told + TOGETHER:  # the next step would end too late
             self._told = now

@@ -82,6 +82,8 @@ def evaluate_models(
     found = _find_models(wanted)
     if settings.data is not None:
         _check_read_data([model for model in found if isinstance(model, ModelFiles)])
+    elif settings.suite == "perplexity":
+        note("no hold-out is read; --data names the prepared data that has one")
     with progress() as show:
         evaluator = _evaluator(settings, settings.data, show)
         results = []
@@ -117,6 +119,8 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, baselines: bool, a
         raise UsageError(f"{run}: no recipe.yaml there, so this is no run; --all-checkpoints takes a run directory")
     recipe = read_mapping(run / "recipe.yaml")
     data = settings.data or (Path(recipe["data"]) if "data" in recipe else None)  # a tuning run's hold-out is no text
+    if settings.suite == "perplexity" and data is not None and not data.is_dir():
+        raise UsageError(f"{data}: no such directory, where {run} had its data; name them with --data")
     if baselines and data is None:
         raise UsageError(f"--baselines: {run} states no data; name the prepared data with --data")
     picture = run / "evals" / f"{settings.named(settings.suite)}.png"

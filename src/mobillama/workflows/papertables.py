@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mobillama.console import note, table
-from mobillama.errors import UsageError
+from mobillama.errors import CorruptDataError, UsageError
 from mobillama.evaluate.paper import doubts, find_table, our_row
 from mobillama.evaluate.results import RESULT_FILE, read_result
 
@@ -35,9 +35,13 @@ def show_table(number: int, ours: list[Path]) -> None:
         found = doubts(paper, row)
         cells = zip(columns, row.printed, strict=True)
         rows.append((row.name, row.size, *(cell + (mark(found[c]) if c in found else "") for c, cell in cells)))
-    results = [_our_result(place.parent if place.name == RESULT_FILE else place) for place in ours]
-    for result in results:
-        rows.append((f"ours: {result['model']['name']}", "", *(f"{value:.2f}" for value in our_row(paper, result))))
+    directories = [place.parent if place.name == RESULT_FILE else place for place in ours]
+    results = [_our_result(directory) for directory in directories]
+    for directory, result in zip(directories, results, strict=True):
+        try:
+            rows.append((f"ours: {result['model']['name']}", "", *(f"{value:.2f}" for value in our_row(paper, result))))
+        except (KeyError, TypeError, ValueError):
+            raise _damaged(directory) from None
     table(paper.title, ["model", "size", *columns], rows)
     agreeing = sum("average" not in doubts(paper, row) for row in paper.rows)
     note(f"{agreeing} of {len(paper.rows)} averages are the mean of their row, cut to two decimals")
@@ -53,6 +57,10 @@ def show_table(number: int, ours: list[Path]) -> None:
         )
 
 
+def _damaged(directory: Path) -> CorruptDataError:
+    return CorruptDataError(f"--ours: {directory}: its {RESULT_FILE} is damaged or cut short; evaluate again")
+
+
 def _our_result(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "no such directory"
@@ -60,7 +68,7 @@ def _our_result(directory: Path) -> dict[str, Any]:
     if result := read_result(directory):
         return result
     if (directory / RESULT_FILE).is_file():
-        raise UsageError(f"--ours: {directory}: its {RESULT_FILE} is damaged or cut short; evaluate again")
+        raise _damaged(directory)
     if (directory / "config.json").is_file():
         raise UsageError(
             f"--ours: {directory}: is a model; evaluate it with --suite paper and name the directory of that"

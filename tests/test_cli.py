@@ -192,6 +192,8 @@ def test_generate_chat_evaluate_and_export(model, data, tmp_path):
     done = run_cli("export", "gguf", model, tmp_path / "m.gguf", "--type", "q8_0")
     assert "same likeliest token" in done.stderr and "Q8_0" in json.loads(done.stdout)["types"]
     assert_one_line_error(run_cli("export", "gguf", model, tmp_path / "m.gguf"), 2, "exists")
+    nowhere = run_cli("export", "gguf", model, tmp_path / "no" / "m.gguf")
+    assert nowhere.returncode == 2 and f"{tmp_path / 'no'}: no such directory; make it first" in nowhere.stderr
 
 
 def test_changed_weights_exit_4_and_wrong_words_exit_2(model):

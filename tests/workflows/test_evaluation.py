@@ -116,6 +116,19 @@ def test_what_other_processes_evaluate_is_told_and_what_they_did_is_shown(run, d
         assert shown["baselines"]["gzip -9"] > 1
 
 
+def test_a_run_whose_data_were_moved_is_told_how_to_name_them(run, data, tmp_path, capsys):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(data), str(tmp_path / "moved")))
+    assert main(sweep(run)) == 2
+    assert (
+        f"{tmp_path / 'moved'}: no such directory, where {run} had its data; name them with --data"
+        in capsys.readouterr().err
+    )
+    assert main(sweep(run, "--data", str(tmp_path / "no"))) == 2
+    assert f"{tmp_path / 'no'}: no prepared data there" in capsys.readouterr().err
+    assert main(sweep(run, "--data", str(data))) == 0
+
+
 def test_follow_waits_while_a_trainer_runs_and_passes_over_what_is_removed(run, capsys, monkeypatch):
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 12", "steps: 16"))

@@ -168,7 +168,7 @@ class NativeBatchEngine:
 
     def _feed(self, work: Sequence[tuple[int, Sequence[int]]], each: bool) -> NDArray[np.float32]:
         check_work(work, self)
-        # Between two tokens the weights have driven Python out of the caches: what it does here costs twenty times its usual.
+        # Between two tokens the weights have driven Python out of the caches: what it does here costs many times its usual.
         ids_t = array("i", [token for _, ids in work for token in ids])
         logits_wv = np.empty((len(ids_t) if each else len(work), self.vocab_size), np.float32)
         ids, logits = ids_t.buffer_info()[0], ctypes.addressof(ctypes.c_char.from_buffer(logits_wv.data))

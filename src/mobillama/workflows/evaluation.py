@@ -118,9 +118,11 @@ def evaluate_run(run: Path, settings: Settings, follow: bool, baselines: bool, a
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"{run}: no recipe.yaml there, so this is no run; --all-checkpoints takes a run directory")
     recipe = read_mapping(run / "recipe.yaml")
-    data = settings.data or (Path(recipe["data"]) if "data" in recipe else None)  # a tuning run's hold-out is no text
-    if settings.suite == "perplexity" and data is not None and not data.is_dir():
-        raise UsageError(f"{data}: no such directory, where {run} had its data; name them with --data")
+    data = settings.data
+    if data is None and "data" in recipe:  # a tuning run's hold-out is no text
+        data = Path(recipe["data"])
+        if settings.suite == "perplexity" and not data.is_dir():
+            raise UsageError(f"{data}: no such directory, where {run} had its data; name them with --data")
     if baselines and data is None:
         raise UsageError(f"--baselines: {run} states no data; name the prepared data with --data")
     picture = run / "evals" / f"{settings.named(settings.suite)}.png"

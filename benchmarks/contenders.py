@@ -26,7 +26,7 @@ from mobillama.train.world import World
 Step = Callable[[int], torch.Tensor | float]
 
 
-def our_train_config(args: argparse.Namespace, float8: bool, fused: bool) -> TrainConfig:
+def our_train_config(args: argparse.Namespace, float8: bool, fused: bool, deterministic: bool = False) -> TrainConfig:
     """How our contenders train."""
     return TrainConfig(
         steps=args.warm_up + args.steps,
@@ -37,6 +37,7 @@ def our_train_config(args: argparse.Namespace, float8: bool, fused: bool) -> Tra
         compile=not args.eager,
         fused=fused and is_hopper(args.device),
         float8=float8,
+        deterministic=deterministic,
         checkpoint_every=200,
         keep_checkpoints=1,
         validate_every=0,
@@ -48,9 +49,11 @@ def is_hopper(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.get_device_capability()[0] == 9
 
 
-def ours(config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, fused: bool) -> Step:
+def ours(
+    config: ModelConfig, data: Any, args: argparse.Namespace, float8: bool, fused: bool, deterministic: bool = False
+) -> Step:
     """Our step, as a run takes it."""
-    train = our_train_config(args, float8, fused)
+    train = our_train_config(args, float8, fused, deterministic)
     recipe = PretrainRecipe("", "", model=config, optimizer=OptimizerConfig(warmup_steps=0), train=train)
     stepper = Stepper(Pretraining(recipe, data), World(0, 1, 1, torch.device(args.device)))
 
@@ -210,6 +213,7 @@ def _fed(step: Callable[[torch.Tensor], torch.Tensor], data: Any, args: argparse
 
 CONTENDERS: dict[str, Callable[..., Step]] = {
     "ours": lambda *a: ours(*a, float8=False, fused=True),
+    "ours, deterministic": lambda *a: ours(*a, float8=False, fused=True, deterministic=True),
     "ours, compiled": lambda *a: ours(*a, float8=False, fused=False),
     "plain": lambda *a: plain(*a, float8=False, regional=False),
     "plain, by layer": lambda *a: plain(*a, float8=False, regional=True),

@@ -40,7 +40,7 @@ from mobillama.train.loop import Silent, pretrain
 
 RESULTS = Path(__file__).parent / "results" / "train.json"
 BF16_PEAK = 989e12  # an H100's, dense; model FLOPs utilisation (MFU) is stated as a share of it
-WHOLE_RUN = "ours, whole run"
+WHOLE_RUN, REPEATABLE = "ours, whole run", "ours, deterministic"
 DEFAULTS = {
     "cpu": ["ours", "plain", "plain, by layer", *(name for name in PEERS if name != "litgpt")],
     "cuda": [name for name in CONTENDERS if not name.startswith("Trainer")],
@@ -102,7 +102,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     data: Any = RandomTokens(config.vocab_size, context, 64)
     if args.data:
         data = Dataset(args.data)
-        config, context = dataclasses.replace(config, vocab_size=data.vocab_size), data.sequence_length - 1
+        context = data.sequence_length - 1
+        longest = max(context, config.max_position_embeddings)
+        config = dataclasses.replace(config, vocab_size=data.vocab_size, max_position_embeddings=longest)
     if args.one in PEERS and args.device.startswith("cuda") and config.share != "none":
         args.micro_batch //= 2
     torch.manual_seed(0)
@@ -166,7 +168,7 @@ def ratios_of(found: dict[str, Any]) -> dict[str, float]:
     ratios = {}
     for mine in (name for name in found if name.startswith("ours") and "tokens_per_second" in found[name]):
         rivals = RIVALS["ours, float8" if "float8" in mine else "ours"]
-        for name in (*rivals, *PEERS, *(("ours",) if mine == WHOLE_RUN else ())):
+        for name in (*rivals, *PEERS, *(("ours",) if mine in (WHOLE_RUN, REPEATABLE) else ())):
             if "tokens_per_second" in found.get(name, {}):
                 ratios[f"{mine} / {name}"] = found[mine]["tokens_per_second"] / found[name]["tokens_per_second"]
     return ratios

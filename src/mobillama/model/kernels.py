@@ -17,8 +17,11 @@ from mobillama.model.heads import split_heads
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
-# Programs that share the rows of a norm's backward pass: eight of each multiprocessor of an H100.
-_PROGRAMS = 8 * 132
+# Programs that share the rows of a norm's backward pass: two of each multiprocessor of an H100 or H200, which read the next
+# rows while they compute. More of them read no faster, and their sums have to be added.
+_PROGRAMS = 2 * 132
+# Bytes of a row up to which shared memory holds the rows that are read ahead.
+_READ_AHEAD = 1 << 15
 
 
 @triton.jit
@@ -183,13 +186,13 @@ def _normalise_kernel(x, weight, y, factor, largest, width, eps, write: tl.const
 @triton.jit
 def _normalise_backward_kernel(
     x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width,
-    write: tl.constexpr, block: tl.constexpr,
+    write: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block)
     inside = column < width
     w = tl.load(weight + column, mask=inside, other=0.0)
     of_weight = tl.zeros([block], tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
         place = (tl.zeros([block], tl.int64) + row) * width + column
         f = tl.load(factor + row)
         scaled = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * f
@@ -219,10 +222,11 @@ def normalise_backward(
     """See :func:`mobillama.model.norm.normalise_backward`."""
     rows, width = x.shape
     total, y, largest = torch.empty_like(x), x.new_empty(x.shape if output else 0), torch.empty_like(factor)
-    programs = min(rows, _PROGRAMS)
+    programs, block = min(rows, _PROGRAMS), triton.next_power_of_2(width)
     grad_weight = x.new_empty(programs, width, dtype=torch.float32)
+    stages = 3 if block * x.element_size() <= _READ_AHEAD else 1
     _normalise_backward_kernel[(programs,)](
-        x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width,
-        output, triton.next_power_of_2(width), num_warps=8,
+        x, factor, weight, grad_y, grad_x, total, y, grad_weight, largest, rows, width, output, block, stages,
+        num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
     return total, y, grad_weight.sum(0), largest

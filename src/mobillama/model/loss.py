@@ -15,7 +15,7 @@ IGNORE = -100
 
 # Logits held at once, in numbers: on a CPU what stays in its cache, on a GPU what fills it.
 _CPU_CHUNK = 1 << 22
-_GPU_CHUNK = 1 << 27
+_GPU_CHUNK = 1 << 28
 
 
 def token_losses(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, cast
@@ -80,35 +80,40 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
         layer.forward = functools.partial(forward, layer, layer.forward)  # type: ignore[method-assign]
 
 
-Places = Callable[[Tensor], Sequence[Tensor]]
-"""Views of a joined tensor (o, i), one for each weight, in which the weight's rows come in their own order: (…, i)."""
+class _Order(NamedTuple):
+    """In which order joined weights stand: the row of the weights one after another that each row comes from, and back.
+
+    Rows are moved by gathers, which copy a row at the memory's speed; a copy through transposed views takes twice as long.
+    """
+
+    source_o: Tensor
+    place_o: Tensor
 
 
-def _one_after_another(*rows: int) -> Places:
-    return lambda joined_oi: torch.split(joined_oi, list(rows))
-
-
-def _row_by_row(count: int) -> Places:
-    return lambda joined_oi: joined_oi.view(-1, count, joined_oi.shape[1]).unbind(1)
-
-
-def _halves_by_row(rows: Sequence[int], head_dim: int) -> Places:
+@functools.cache
+def _halves_in_turn(rows: tuple[int, int, int], head_dim: int, device: torch.device) -> _Order:
     """Queries', keys' and values' rows; in a head of the first two, row k comes before row k + d/2, then k + 1."""
+    turned, total = rows[0] + rows[1], sum(rows)
+    heads_hdx = torch.arange(turned).view(-1, 2, head_dim // 2)
+    return _order(torch.cat([heads_hdx.transpose(1, 2).flatten(), torch.arange(turned, total)]), device)
 
-    def places(joined_oi: Tensor) -> Sequence[Tensor]:
-        q_oi, k_oi, v_oi = torch.split(joined_oi, list(rows))
-        q_hdi, k_hdi = (part.view(-1, head_dim // 2, 2, part.shape[1]).transpose(1, 2) for part in (q_oi, k_oi))
-        return q_hdi, k_hdi, v_oi
 
-    return places
+@functools.cache
+def _rows_in_turn(rows: int, device: torch.device) -> _Order:
+    """The first rows of two weights, then the second ones, and so on."""
+    return _order(torch.arange(2 * rows).view(2, rows).T.flatten(), device)
+
+
+def _order(source_o: Tensor, device: torch.device) -> _Order:
+    return _Order(source_o.to(device), source_o.argsort().to(device))
 
 
 class _Gradient:
     """The gradient of weights that were joined, (o, i), adding up in float32 over all uses."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, rows: list[int], order: _Order | None) -> None:
         self.total: Tensor | None = None
-        self.places = places
+        self.rows, self.order = rows, order
 
 
 class _Join(torch.autograd.Function):
@@ -118,15 +123,17 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, gradient: _Gradient, dtype: torch.dtype, *weights: Tensor) -> Tensor:
         ctx.gradient = gradient
         ctx.set_materialize_grads(False)
-        joined_oi = weights[0].new_empty((sum(map(len, weights)), weights[0].shape[1]), dtype=dtype)
-        for place, weight in zip(gradient.places(joined_oi), weights, strict=True):
-            place.copy_(weight.view(place.shape))
-        return joined_oi
+        joined_oi = weights[0].new_empty((sum(gradient.rows), weights[0].shape[1]), dtype=dtype)
+        for part_oi, weight_oi in zip(torch.split(joined_oi, gradient.rows), weights, strict=True):
+            part_oi.copy_(weight_oi)
+        return joined_oi if gradient.order is None else joined_oi.index_select(0, gradient.order.source_o)
 
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
-        total, ctx.gradient.total = ctx.gradient.total, None
-        return None, None, *(place.reshape(-1, total.shape[1]) for place in ctx.gradient.places(total))
+        total_oi, ctx.gradient.total = ctx.gradient.total, None
+        if ctx.gradient.order is not None:
+            total_oi = total_oi.index_select(0, ctx.gradient.order.place_o)
+        return None, None, *torch.split(total_oi, ctx.gradient.rows)
 
 
 class _Joined(NamedTuple):
@@ -140,8 +147,8 @@ class _Joined(NamedTuple):
     gradient: _Gradient
 
 
-def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, places: Places | None = None) -> _Joined:
-    gradient = _Gradient(places or _one_after_another(*map(len, weights)))
+def _join(arithmetic: Arithmetic, dtype: torch.dtype, *weights: Tensor, order: _Order | None = None) -> _Joined:
+    gradient = _Gradient([len(weight) for weight in weights], order)
     function: Any = _Join
     value_oi = function.apply(gradient, dtype, *weights)
     return _Joined(value_oi, arithmetic.weight(value_oi.detach()), gradient)
@@ -172,12 +179,14 @@ def _step(
 
     def join_attention() -> tuple[_Joined, ...]:
         qkv = own.q_proj.weight, own.k_proj.weight, own.v_proj.weight
-        in_turn = _halves_by_row([len(weight) for weight in qkv], own.head_dim) if arithmetic.in_turn else None
-        return join(*qkv, places=in_turn), join(own.o_proj.weight)
+        rows = len(qkv[0]), len(qkv[1]), len(qkv[2])
+        order = _halves_in_turn(rows, own.head_dim, x_btc.device) if arithmetic.in_turn else None
+        return join(*qkv, order=order), join(own.o_proj.weight)
 
     def join_ffn() -> tuple[_Joined, ...]:
-        gates = join(ffn.gate_proj.weight, ffn.up_proj.weight, places=_row_by_row(2) if arithmetic.in_turn else None)
-        return gates, join(ffn.down_proj.weight)
+        gate, up = ffn.gate_proj.weight, ffn.up_proj.weight
+        order = _rows_in_turn(len(gate), x_btc.device) if arithmetic.in_turn else None
+        return join(gate, up, order=order), join(ffn.down_proj.weight)
 
     joined = (*open_weights(layer, join_attention), *open_weights(ffn, join_ffn))
     values, operands, gradients = zip(*joined, strict=True)

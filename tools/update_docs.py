@@ -203,9 +203,12 @@ def faults() -> str:
 
 
 def train_speed() -> str:
-    """Return the tables of benchmarks/train.py, one for each preset, device and kind of tokens."""
-    tables = []
+    """Return the tables of benchmarks/train.py, one for each preset, device and kind of tokens; one of all with two contenders."""
+    tables, pairs = [], []
     for title, result in load("train").items():
+        if list(result["contenders"]) == ["ours", "plain"]:
+            pairs.append((title, result))
+            continue
         found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
         ours = {name: facts["tokens_per_second"] for name, facts in found.items() if name.startswith("ours")}
         on_gpu = any(facts.get("peak_gib") for facts in found.values())
@@ -225,7 +228,18 @@ def train_speed() -> str:
             lines.append(f"| {' | '.join([*cells, ratio])} |")
         lines += ["", f"`python benchmarks/train.py`; {_measured(result['environment'], 'torch')}."]
         tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    lines = ["| ours · plain | tokens/s | ours is | MFU causal | peak GiB |", "|---|---:|---:|---:|---:|"]
+    for title, result in pairs:
+        both = result["contenders"]["ours"], result["contenders"]["plain"]
+        speed, mfu, peak = (
+            " · ".join(form.format(facts[key]) for facts in both)
+            for key, form in (("tokens_per_second", "{:,.0f}"), ("mfu_causal", "{:.1%}"), ("peak_gib", "{:.1f}"))
+        )
+        lines.append(f"| {title} | {speed} | {result['ratios']['ours / plain']:.3f} × | {mfu} | {peak} |")
+    batches = ", ".join(str(size) for size in dict.fromkeys(result["micro_batch"] for _, result in pairs))
+    stamps = "; ".join(dict.fromkeys(_measured(result["environment"], "torch") for _, result in pairs))
+    said = f"`python benchmarks/train.py --preset NAME --contenders ours plain`, micro-batch {batches}; {stamps}."
+    return "\n\n".join([*tables, "\n".join([*lines, "", said])])
 
 
 def step_time() -> str:

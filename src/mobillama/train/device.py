@@ -11,9 +11,10 @@ import torch
 
 from mobillama.errors import UsageError
 
-# Share of its speed that mobillama-0.5b lost on one H100: the run of docs/experiments/h100-resume made 61.1 thousand
-# tokens/s, a bare step that need not be repeatable 66.0 thousand, 51.6% of the peak (benchmarks/results/train.json).
-DETERMINISTIC_COST = 0.08
+# Share of its speed that mobillama-0.5b lost by fused layers or not. Fused, on one H200: "ours, deterministic" beside "ours" in
+# benchmarks/results/train.json. Compiled, on one H100: the run of docs/experiments/h100-resume made 61.1 thousand tokens/s, a
+# bare step that need not be repeatable 66.0 thousand.
+DETERMINISTIC_COST = {True: 0.05, False: 0.08}
 
 
 def choose_device(name: str) -> torch.device:

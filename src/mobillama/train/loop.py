@@ -185,10 +185,11 @@ class _Run:
     def _tell_costs(self) -> None:
         if formula := self.meters.describe():
             self.reporter.on_note(formula)
+        fused = self.recipe.train.fused
         if self.recipe.train.deterministic and self.world.device.type == "cuda":
             self.reporter.on_note(
-                f"train.deterministic: steps can be repeated to the bit, which took {DETERMINISTIC_COST:.0%} of the speed of "
-                "mobillama-0.5b on an H100 (compiled; not measured with fused layers)"
+                "train.deterministic: steps can be repeated to the bit, which took "
+                f"{DETERMINISTIC_COST[fused]:.0%} of the speed of mobillama-0.5b on {'an H200' if fused else 'an H100'}"
             )
 
     def _flags(self, *flags: bool) -> list[bool]:

@@ -167,6 +167,16 @@ def test_a_half_written_result_does_not_count(evaluator, small_model, tmp_path):
     assert 0 < again["sequences_scored"] < first["sequences_scored"]
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-40])])
+def test_a_result_whose_samples_are_damaged_does_not_count(evaluator, small_model, tmp_path, damage):
+    files, out = find_model(str(small_model), tmp_path / "cache"), tmp_path / "out"
+    first = evaluator().evaluate(files, out, {})
+    damage(out / "samples.jsonl")
+    again = evaluator().evaluate(files, out, {})
+    assert again["samples"] == first["samples"] and again["tasks"] == first["tasks"]
+    assert sha256_file(out / "samples.jsonl") == first["samples"]["sha256"]
+
+
 def test_a_result_never_stands_beside_the_samples_of_another_evaluation(evaluator, small_model, tmp_path, monkeypatch):
     files, out = find_model(str(small_model), tmp_path / "cache"), tmp_path / "out"
     first = evaluator().evaluate(files, out, {})

@@ -98,7 +98,7 @@ class Evaluator:
         }
 
     def evaluate(self, files: ModelFiles, directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate a model into ``directory``, unless that is done; return what ``result.json`` says.
+        """Evaluate a model into ``directory``, unless that is done and its samples are whole; return what ``result.json`` says.
 
         Args:
             files: the model.
@@ -112,7 +112,7 @@ class Evaluator:
         with locked(directory, "an evaluation"):
             key = self.key(files)
             known = read_result(directory)
-            if known and known["status"] == "done" and known["key"] == key:
+            if known and known["status"] == "done" and known["key"] == key and _samples_are_whole(directory, known):
                 return known
             _set_aside(directory)
             model = {"name": files.name, "sha256": files.sha256, **facts}
@@ -249,6 +249,14 @@ def record_failure(directory: Path, name: str, facts: dict[str, Any], error: Exc
         _set_aside(directory)
         found = {"key": None, "model": {"name": name, **facts}, **_failure(error)}
         return _write(directory, found, time.perf_counter())
+
+
+def _samples_are_whole(directory: Path, result: dict[str, Any]) -> bool:
+    """Tell whether the samples beside a result are those that it was computed from."""
+    if "samples" not in result:
+        return True
+    path = directory / result["samples"]["file"]
+    return path.is_file() and sha256_file(path) == result["samples"]["sha256"]
 
 
 def _set_aside(directory: Path) -> None:

@@ -3,12 +3,12 @@
     python benchmarks/kernels.py shared.gguf large-base.gguf --threads 2 [--rounds 9]
 
 A round times, for each model in another order: the products of a decoded token and nothing else (no norms, attention or
-waiting for other threads), whole and part by part; the same for 8 and for 64 tokens at once; decoding from 64 tokens on, of one
-sequence and of eight together, and from 900 tokens on with keys and values of 8 and of 16 bits; a prefill of 512. The bytes
-that a part touches over its time tell how far its kernel is from the speed at which the same threads read the same weights in
-the same order and do nothing else, which is measured in each round too. Put models that differ in sharing alone beside each
-other: the ratio of their bare products is what sharing can gain, the ratio of decoding what it does gain. Before, each model is
-opened in a process of its own, which tells the memory that it takes.
+waiting for other threads), in turns with decoding from 64 tokens on; the same products part by part, and for 8 and for 64
+tokens at once; decoding of eight sequences together, and from 900 tokens on with keys and values of 8 and of 16 bits; a prefill
+of 512. The bytes that a part touches over its time tell how far its kernel is from the speed at which the same threads read the
+same weights in the same order and do nothing else, which is measured in each round too. Put models that differ in sharing alone
+beside each other: the ratio of their bare products is what sharing can gain, the ratio of decoding what it does gain. Before,
+each model is opened in a process of its own, which tells the memory that it takes.
 """
 
 from __future__ import annotations
@@ -57,10 +57,24 @@ def per_second(amount: float, work: Callable[[], object]) -> float:
     return amount / (time.perf_counter() - start)
 
 
+def per_second_in_turns(times: int, *works: Callable[[int], object]) -> list[float]:
+    """Return how often a second each work was done whose speeds are divided by each other: four times it, four the next, …
+
+    What slows a machine down for a while then slows all of them down.
+    """
+    seconds = np.zeros(len(works))
+    for number in range(times):
+        for place, work in enumerate(works):
+            start = time.perf_counter()
+            for again in range(4):
+                work(4 * number + again)
+            seconds[place] += time.perf_counter() - start
+    return list(4 * times / seconds)
+
+
 def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict[str, int]) -> dict[str, float]:
     """Return tokens per second of each kind of work, and bytes per second of each part of a token's products."""
     found = {f"products of {n}": per_second(n, lambda n=n: engine.multiply_only(n)) for n in (SLOTS, 64)}
-    found["products"] = per_second(10, lambda: [engine.multiply_only(1) for _ in range(10)])
     for part, size in bytes_of.items():
         for name, tokens in (("bytes", 1), ("reading", 0)):
             found[f"{name} of {part}"] = per_second(
@@ -79,7 +93,9 @@ def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict
             DECODED, lambda its=its: [its.feed([(0, [t + 3])]) for t in range(DECODED)]
         )
     engine.truncate(0, 64)
-    found["decode"] = per_second(DECODED, lambda: [engine.feed([(0, [t + 3])]) for t in range(DECODED)])
+    found["products"], found["decode"] = per_second_in_turns(
+        DECODED // 4, lambda t: engine.multiply_only(1), lambda t: engine.feed([(0, [t + 3])])
+    )
     engine.truncate(0, 64)
     engine.feed([(slot, prompt[:64]) for slot in range(1, SLOTS)])
     found[f"decode {SLOTS}"] = per_second(

@@ -17,7 +17,7 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -129,10 +129,11 @@ class Questions:
         self.head_of = encoded.context_of_n
         self.encoded = encoded
 
-    def sample(self, per_benchmark: int, share: float = 0.0) -> NDArray[np.int64]:
-        """Return the requests of some questions of each benchmark, and of a share of all questions."""
-        groups = [np.unique(self.question_n[self.benchmark_n == number]) for number in range(len(self.metrics))]
-        every, draw = np.unique(self.question_n), np.random.default_rng(SEED)
+    def sample(self, per_benchmark: int, share: float = 0.0, only: Sequence[str] = ()) -> NDArray[np.int64]:
+        """Return the requests of some questions of each benchmark, or of ``only`` these, and of a share of all questions."""
+        names = [(number, name) for number, name in enumerate(self.metrics) if name in only or not only]
+        groups = [np.unique(self.question_n[self.benchmark_n == number]) for number, _ in names]
+        every, draw = np.unique(np.concatenate(groups)), np.random.default_rng(SEED)
         chosen = [draw.permutation(group)[:per_benchmark] for group in groups]
         chosen.append(draw.permutation(every)[: round(share * len(every))])
         return np.flatnonzero(np.isin(self.question_n, np.concatenate(chosen)))
@@ -201,6 +202,8 @@ def compare(questions: Questions, requests: NDArray[np.int64], ours: Any, stock:
     by_benchmark = {}
     for number, (name, metric) in enumerate(questions.metrics.items()):
         chosen = questions.benchmark_n[requests] == number
+        if not chosen.any():
+            continue
         starts = np.flatnonzero(np.diff(questions.question_n[requests[chosen]], prepend=-1))[1:]
         answers = [np.split(scores["logprobs"][chosen], starts) for scores in (ours, stock)]
         facts = np.split((questions.true_n if metric == "mc2" else questions.length_n)[requests[chosen]], starts)
@@ -298,8 +301,9 @@ def measure(args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "model": Path(args.model).name if args.model else f"{args.preset}, random weights",
         "requests": len(questions.question_n),
+        "only": args.benchmarks,
     }
-    few = questions.sample(args.per_benchmark)
+    few = questions.sample(args.per_benchmark, only=args.benchmarks)
     model = open_model(args, ids)
     scorer = Scorer(model, "float64", CONTEXT)
     ours, stock = through_ours(scorer, questions, few), through_stock(model, questions, few, args.batch, "float64")
@@ -315,7 +319,7 @@ def measure(args: argparse.Namespace) -> None:
         gc.collect()
         model = open_model(args, ids)
         scorer = Scorer(model, "bfloat16", CONTEXT)
-        sample = questions.sample(args.per_benchmark, args.share)
+        sample = questions.sample(args.per_benchmark, args.share, args.benchmarks)
         through_ours(scorer, questions, sample[:64])  # kernels are chosen
         ours, stock = (
             through_ours(scorer, questions, sample),
@@ -323,7 +327,7 @@ def measure(args: argparse.Namespace) -> None:
         )
         result["bfloat16"] = compare(questions, sample, ours, stock)
         _save(result, args)
-        if cuda:
+        if cuda and not args.benchmarks:
             whole = through_ours(scorer, questions, np.arange(len(questions.question_n)))
             result["whole_suite"] = {name: whole[name] for name in ("seconds", "tokens", "truncated")}
             result["whole_suite"]["tokens_per_second"] = whole["tokens"] / whole["seconds"]
@@ -364,7 +368,8 @@ def _said(facts: dict[str, Any]) -> str:
 
 def _save(result: dict[str, Any], args: argparse.Namespace) -> None:
     known = read_json(args.results) if args.results.is_file() else {}
-    write_json(args.results, {**known, f"{result['model']}, {result['device']}": result})
+    only = f" ({', '.join(result['only'])})" if result["only"] else ""
+    write_json(args.results, {**known, f"{result['model']}{only}, {result['device']}": result})
 
 
 def main() -> None:
@@ -383,6 +388,7 @@ def main() -> None:
     verb.add_argument("--preset", default="mobillama-0.5b")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verb.add_argument("--per-benchmark", type=int, default=200, metavar="N", help="questions of each, at most")
+    verb.add_argument("--benchmarks", nargs="+", default=[], metavar="NAME", help="only these, e.g. CrowS-Pairs PIQA")
     verb.add_argument("--share", type=float, default=0.2, help="of all questions, besides, in bfloat16")
     verb.add_argument("--batch", type=int, default=32, help="rows of the stock adapter")
     verb.add_argument("--bfloat16", action="store_true", help="in bfloat16 on a CPU too")

@@ -305,7 +305,7 @@ def evaluation_speed() -> str:
             facts = result[precision]
             ours, stock = facts["ours"], facts["stock"]
             lines.append(
-                f"| {result['model']} · {result['device']} · {precision} | {facts['requests']:,} "
+                f"| {_evaluated(result)} · {precision} | {facts['requests']:,} "
                 f"| {ours['tokens']:,} · {stock['tokens']:,} | {ours['seconds']:.1f} · {stock['seconds']:.1f} "
                 f"| {facts['speed_ratio']:.2f} | {facts['max_logprob_difference']:.1e} "
                 f"| {facts['decisions_that_differ']} · {facts['of_them_not_within_1e-4']} |"
@@ -321,12 +321,17 @@ def evaluation_speed() -> str:
     return "\n".join([*lines, "", f"`python benchmarks/evaluation.py measure`; {'; '.join(dict.fromkeys(stamps))}."])
 
 
+def _evaluated(result: dict[str, Any]) -> str:
+    only = f", {', '.join(result['only'])} alone" if result.get("only") else ""
+    return f"{result['model']}{only} · {result['device']}"
+
+
 def _roundings(results: dict[str, Any]) -> list[str]:
     """Return how far both adapters' float32 is from float64."""
     lines = []
     for result in results.values():
         for name, its in result["float32"].get("errors", {}).items():
-            where = f"{result['model']} · {result['device']} · {'ours' if name == 'ours' else 'HFLM'}"
+            where = f"{_evaluated(result)} · {'ours' if name == 'ours' else 'HFLM'}"
             lines.append(f"| {where} | {its['max']:.1e} | {its['mean']:.1e} | {its['beyond_1e-4']} |")
     titles = "| float32 beside float64 | at most, nats | in the mean | requests beyond 1e-4 |"
     return ["", titles, "|---|" + "---:|" * 3, *lines] if lines else []

@@ -3,7 +3,7 @@
     python tools/update_docs.py                    # from benchmarks/results/*.json
     python tools/update_docs.py runs/quickstart    # first takes a finished quickstart's numbers and picture into the project
 
-A table stands between the markers <!-- NAME --> and <!-- /NAME --> of its file.
+What is written stands between the markers <!-- NAME --> and <!-- /NAME --> of its file, on lines of its own where they are.
 """
 
 from __future__ import annotations
@@ -240,6 +240,31 @@ def train_speed() -> str:
     stamps = "; ".join(dict.fromkeys(_measured(result["environment"], "torch") for _, result in pairs))
     said = f"`python benchmarks/train.py --preset NAME --contenders ours plain`, micro-batch {batches}; {stamps}."
     return "\n\n".join([*tables, "\n".join([*lines, "", said])])
+
+
+def train_summary() -> str:
+    """Return README's line on the speed of training: of each GPU, beside the faster plain reference and transformers."""
+    said = []
+    for title, result in load("train").items():
+        preset, _, machine = title.partition(", ")
+        found, ratios = result["contenders"], result["ratios"]
+        if preset != "mobillama-0.5b" or "ours, float8" not in found:
+            continue
+        ours, rival = (
+            found["ours"],
+            max((found[name] for name in ("plain", "plain, by layer") if name in found), key=_speed),
+        )
+        memory = ours["peak_gib"] / rival["peak_gib"]
+        said.append(
+            f"{_speed(ours):,.0f} tokens/s on an {machine.split()[1]}, {_speed(ours) / _speed(rival):.3f} × a plain compiled "
+            f"PyTorch reference in {memory:.0%} of its memory and {ratios['ours / transformers']:.2f} × transformers; in float8 "
+            f"{_speed(found['ours, float8']):,.0f}, {ratios['ours, float8 / plain, float8']:.3f} × the reference"
+        )
+    return "mobillama-0.5b learns from " + "; ".join(said)
+
+
+def _speed(facts: dict[str, Any]) -> float:
+    return float(facts["tokens_per_second"])
 
 
 def step_time() -> str:
@@ -901,6 +926,7 @@ def serving() -> str:
 
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "quickstart": (ROOT / "README.md", quickstart),
+    "train-summary": (ROOT / "README.md", train_summary),
     "data-speed": (ROOT / "docs" / "data.md", data_speed),
     "corpus-table": (ROOT / "docs" / "data.md", corpus_table),
     "corpus-proofs": (ROOT / "docs" / "data.md", corpus_proofs),
@@ -934,7 +960,8 @@ def replaced(text: str, name: str, block: str) -> str:
         ValueError: it has no such markers.
     """
     pattern = f"(<!-- {name} -->).*?(<!-- /{name} -->)"
-    found, count = re.subn(pattern, lambda match: f"{match[1]}\n{block}\n{match[2]}", text, flags=re.S)
+    gap = "\n" if f"<!-- {name} -->\n" in text else ""
+    found, count = re.subn(pattern, lambda match: f"{match[1]}{gap}{block}{gap}{match[2]}", text, flags=re.S)
     if count != 1:
         raise ValueError(f"{count} blocks <!-- {name} --> instead of one")
     return found

@@ -197,7 +197,8 @@ public:
             own[t].normed = allocate_floats(std::max(shape.width, queries));
             own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
             own[t].heads = allocate_floats((size_t)2 * QUERIES * padded(shape.head_width, PANEL));
-            own[t].head_blocks = (Activations*)allocate((size_t)QUERIES * std::max(room, shape.head_width) / BLOCK * sizeof(Activations));
+            const size_t most = (size_t)QUERIES * std::max(room, shape.head_width) / BLOCK;  // of queries or probabilities
+            own[t].head_blocks = (Activations*)allocate(most * sizeof(Activations));
             own[t].rests = (Rest*)allocate(blocks * sizeof(Rest));
             complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads;
             complete &= own[t].head_blocks && own[t].rests;

@@ -81,10 +81,7 @@ def fuse_layers(decoder: Decoder, float8: bool = False, recompute: bool = False)
 
 
 class _Order(NamedTuple):
-    """In which order joined weights stand: the row of the weights one after another that each row comes from, and back.
-
-    Rows are moved by gathers, which copy a row at the memory's speed; a copy through transposed views takes twice as long.
-    """
+    """In which order joined weights stand: the row of the weights one after another that each row comes from, and back."""
 
     source_o: Tensor
     place_o: Tensor

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import conftest
 from conftest import run_cli
@@ -125,6 +126,17 @@ def test_wrong_use_is_one_line_and_spoils_nothing(tokenizer_path, tmp_path):
         export_gguf(tmp_path / "absent", tmp_path / "o.gguf", None)
     done = run_cli("export", "gguf", source, tmp_path / "o.gguf", "--shared", "--unshared")
     assert done.returncode == 2 and "not allowed with" in done.stderr
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_model_without_numbers_is_not_exported(kind, tokenizer_path, tmp_path):
+    source = directory_of(tokenizer_path, tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    next(weight for name, weight in weights.items() if "up_proj" in name)[3, 5] = torch.nan
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"up_proj\.weight: holds infinite numbers or NaN; take an earlier checkpoint"):
+        export_gguf(source, tmp_path / "m.gguf", TYPES[kind])
+    assert not list(tmp_path.glob("m.gguf*"))
 
 
 def test_the_paper_sized_file_stays_below_its_limit():

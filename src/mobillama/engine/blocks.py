@@ -20,6 +20,7 @@ from mobillama.errors import UsageError
 
 BLOCK = 32
 _CHUNK = 1 << 20  # numbers converted at once, so that temporaries stay small
+NOT_FINITE = "holds infinite numbers or NaN; take an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UsageError("holds numbers beyond float16 or none at all (infinite, NaN); choose bf16")
+        if not np.isfinite(values).all():
+            raise UsageError(NOT_FINITE)
+        raise UsageError("holds numbers beyond float16; choose bf16")
     return half
 
 
@@ -171,7 +174,7 @@ def _quantizer(kind: BlockType, fit: Callable[[NDArray[np.float32]], Blocks]) ->
     def convert(values_rc: NDArray[Any]) -> NDArray[np.uint8]:
         values = np.ascontiguousarray(values_rc, np.float32)
         if not np.isfinite(values).all():
-            raise UsageError("holds infinite numbers or NaN, which no block of shared scale can hold")
+            raise UsageError(NOT_FINITE)
         return pack(fit(values.reshape(len(values), -1, BLOCK)), kind)
 
     return convert

@@ -303,6 +303,8 @@ def measure(args: argparse.Namespace) -> None:
         "requests": len(questions.question_n),
         "only": args.benchmarks,
     }
+    if unknown := set(args.benchmarks) - set(questions.metrics):
+        raise SystemExit(f"--benchmarks: no {', '.join(sorted(unknown))}; there are {', '.join(questions.metrics)}")
     few = questions.sample(args.per_benchmark, only=args.benchmarks)
     model = open_model(args, ids)
     scorer = Scorer(model, "float64", CONTEXT)

@@ -368,7 +368,7 @@ def _decisions(results: dict[str, Any]) -> list[str]:
         f"{result['model']}, {precision}": result[precision]["by_benchmark"]
         for result in results.values()
         for precision in ("float32", "bfloat16")
-        if precision in result and result["device"] != "CPU"
+        if precision in result and result["device"] != "CPU" and not result.get("only")
     }
     lines = [
         f"| decisions that differ · by more than 1e-4 | {' | '.join(compared)} |",

@@ -78,6 +78,6 @@ def test_what_a_format_cannot_hold_is_refused():
         encode(np.full((2, 32), 1e6, np.float32), TYPES["f16"])
     with pytest.raises(UsageError, match="beyond float16"):
         encode(np.linspace(-1e9, 1e9, 64, dtype=np.float32)[None], TYPES["q4_1"])
-    for kind in (TYPES["f16"], *QUANTIZED):
+    for kind in TYPES.values():
         with pytest.raises(UsageError, match="NaN; take an earlier checkpoint"):
             encode(np.full((1, 32), np.nan, np.float32), kind)

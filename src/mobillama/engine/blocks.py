@@ -20,7 +20,6 @@ from mobillama.errors import UsageError
 
 BLOCK = 32
 _CHUNK = 1 << 20  # numbers converted at once, so that temporaries stay small
-NOT_FINITE = "holds infinite numbers or NaN; take an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,14 @@ def encode(values_rc: NDArray[np.floating[Any]], kind: BlockType) -> NDArray[np.
     """Return the bytes (r, b) of a matrix: rounded to nearest, as ggml's reference quantisers round.
 
     Raises:
-        UsageError: a row is no whole number of blocks, or a number is not finite in the format.
+        UsageError: a row is no whole number of blocks, or a number is not finite, by itself or in the format.
     """
-    convert = _ENCODERS[kind.name]
+
+    def convert(values_rc: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+        if not np.isfinite(values_rc).all():
+            raise UsageError("holds infinite numbers or NaN; take an earlier checkpoint")
+        return _ENCODERS[kind.name](values_rc)
+
     return _by_rows(values_rc, (kind.row_bytes(values_rc.shape[1]),), np.uint8, convert)
 
 
@@ -164,8 +168,6 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        if not np.isfinite(values).all():
-            raise UsageError(NOT_FINITE)
         raise UsageError("holds numbers beyond float16; choose bf16")
     return half
 
@@ -173,8 +175,6 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 def _quantizer(kind: BlockType, fit: Callable[[NDArray[np.float32]], Blocks]) -> Callable[[Any], NDArray[np.uint8]]:
     def convert(values_rc: NDArray[Any]) -> NDArray[np.uint8]:
         values = np.ascontiguousarray(values_rc, np.float32)
-        if not np.isfinite(values).all():
-            raise UsageError(NOT_FINITE)
         return pack(fit(values.reshape(len(values), -1, BLOCK)), kind)
 
     return convert
@@ -197,8 +197,7 @@ def _dequantizer(kind: BlockType) -> Callable[[Any], NDArray[np.float32]]:
 def _to_bf16(values_rc: NDArray[Any]) -> NDArray[np.uint8]:
     bits = np.ascontiguousarray(values_rc, np.float32).view(np.uint32)
     rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
-    quiet = bits >> 16 | 0x40  # of a NaN, which rounding could make infinite
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16).view(np.uint8)
+    return rounded.astype(np.uint16).view(np.uint8)
 
 
 def _half_bytes(half_rg: NDArray[np.float16]) -> NDArray[np.uint8]:

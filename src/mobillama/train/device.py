@@ -11,10 +11,10 @@ import torch
 
 from mobillama.errors import UsageError
 
-# Share of its speed that mobillama-0.5b lost by fused layers or not. Fused, on one H200: "ours, deterministic" beside "ours" in
-# benchmarks/results/train.json. Compiled, on one H100: the run of docs/experiments/h100-resume made 61.1 thousand tokens/s, a
-# bare step that need not be repeatable 66.0 thousand.
-DETERMINISTIC_COST = {True: 0.05, False: 0.08}
+# Share of its speed that mobillama-0.5b lost, and on which GPU, by fused layers or not. Fused: "ours, deterministic" beside
+# "ours" in benchmarks/results/train.json. Compiled: the run of docs/experiments/h100-resume made 61.1 thousand tokens/s, a bare
+# step that need not be repeatable 66.0 thousand (the same file at commit 897de64).
+DETERMINISTIC_COST = {True: (0.05, "H200"), False: (0.08, "H100")}
 
 
 def choose_device(name: str) -> torch.device:

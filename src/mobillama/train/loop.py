@@ -185,11 +185,11 @@ class _Run:
     def _tell_costs(self) -> None:
         if formula := self.meters.describe():
             self.reporter.on_note(formula)
-        fused = self.recipe.train.fused
+        cost, gpu = DETERMINISTIC_COST[self.recipe.train.fused]
         if self.recipe.train.deterministic and self.world.device.type == "cuda":
             self.reporter.on_note(
-                "train.deterministic: steps can be repeated to the bit, which took "
-                f"{DETERMINISTIC_COST[fused]:.0%} of the speed of mobillama-0.5b on {'an H200' if fused else 'an H100'}"
+                f"train.deterministic: steps can be repeated to the bit, which took {cost:.0%} of the speed of mobillama-0.5b "
+                f"on an {gpu}"
             )
 
     def _flags(self, *flags: bool) -> list[bool]:

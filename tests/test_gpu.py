@@ -76,9 +76,9 @@ def test_shared_gradient_adds_in_float32_under_bfloat16_autocast(compiled):
     [
         ModelConfig(512, 512, 1408, 4, 8, max_position_embeddings=256),
         ModelConfig(512, 640, 1280, 3, 8, share="none", max_position_embeddings=256),
-        ModelConfig(512, 512, 1408, 3, 16, 4, share="block", max_position_embeddings=256),
+        ModelConfig(512, 768, 1408, 3, 16, 4, share="block", max_position_embeddings=256),
     ],
-    ids=["heads of 64", "heads of 80", "grouped heads of 32"],
+    ids=["heads of 64", "heads of 80", "grouped heads of 48"],
 )
 def test_fused_layers_are_as_near_to_float32_as_plain_ones(config):
     if torch.cuda.get_device_capability()[0] != 9:
@@ -152,7 +152,7 @@ def test_runs_with_fused_layers_learn_as_plain_ones(recipe_file, tmp_path, float
     assert fused == pytest.approx(plain, abs=0.1 if float8 == "true" else 0.05)
 
 
-@pytest.mark.parametrize("heads", ["4", "8"], ids=["flash-attn's heads", "cuDNN's heads"])
+@pytest.mark.parametrize("heads", ["4", "8"], ids=["heads of 32", "heads of 16"])
 def test_deterministic_fused_steps_repeat_to_the_bit(recipe_file, tmp_path, heads):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("fused layers need a Hopper GPU")

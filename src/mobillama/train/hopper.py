@@ -47,7 +47,7 @@ def check_shapes(precision: str, config: ModelConfig, context: int, float8: bool
                 f"train.fused: needs {key} to be a multiple of {unit}, not {size}; set train.fused to false"
             )
     width = config.attention_head_dim
-    if width % 8 or width > (256 if width % 32 == 0 else 128):
+    if width % 8 or width > 256:
         raise UsageError(f"train.fused: knows no heads {width} wide; set it to false")
     if float8 and context % 16:
         raise UsageError(
@@ -65,7 +65,28 @@ def _libraries() -> tuple[Any, Any, Any, Any]:
         from quack.gemm_config import GemmConfig
     except ImportError as error:
         raise UsageError(f"train.fused: {error}; pip install 'mobillama[hopper]'") from None
+    _pad_heads(interface)
     return gemm_interface, GemmConfig, interface, rotary
+
+
+def _pad_heads(interface: Any) -> None:
+    """Let flash-attn-4's backward pass round widths of heads as its surroundings do: to 32 (their pull request 2896).
+
+    4.0.0b36 rounds to 16 inside, and its gradients are wrong between multiples of 32. What it compiled so and keeps on
+    disk is not used.
+    """
+
+    class Backward(interface.FlashAttentionBackwardSm90):  # type: ignore[misc]
+        def __init__(self, dtype: Any, width: int, value_width: int | None = None, *args: Any, **named: Any) -> None:
+            super().__init__(dtype, width, value_width, *args, **named)
+            if not named["dKV_swapAB"]:
+                value_width = value_width or width
+                self.tile_hdim, self.tile_hdimv = (-(-size // 32) * 32 for size in (width, value_width))
+                self.check_hdim_oob = self.tile_hdim != width
+                self.check_hdim_v_oob = self.tile_hdimv != value_width
+
+    interface.FlashAttentionBackwardSm90 = Backward
+    interface._flash_attn_bwd.compile_cache = interface.get_jit_cache("bwd_padded")
 
 
 @functools.cache
@@ -168,13 +189,8 @@ def attention(q_bthd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> tuple[Tensor, t
     """Return causal attention's output (b, t, h, d), and what its backward pass needs beside inputs and output."""
     if not q_bthd.is_cuda:
         return _plain_attention(q_bthd, k_bshd, v_bshd).contiguous(), ()
-    if _flash_knows(q_bthd):
-        found = _libraries()[2]._flash_attn_fwd(q_bthd, k_bshd, v_bshd, causal=True, return_lse=True)
-        return found[0], (found[1],)
-    parts = (part.transpose(1, 2) for part in (q_bthd, k_bshd, v_bshd))
-    y_bhtd, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, True, 0.0, True, False)
-    normaliser, seed, offset = rest[0], rest[5], rest[6]
-    return y_bhtd.transpose(1, 2), (normaliser, seed, offset)
+    found = _libraries()[2]._flash_attn_fwd(q_bthd, k_bshd, v_bshd, causal=True, return_lse=True)
+    return found[0], (found[1],)
 
 
 def attention_backward(
@@ -185,7 +201,7 @@ def attention_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients of :func:`attention`'s three inputs into tensors of their shapes."""
-    if grad_bthd.is_cuda and _flash_knows(grad_bthd):
+    if grad_bthd.is_cuda:
         dq_bthd, dk_bshd, dv_bshd = gradients
         deterministic = torch.are_deterministic_algorithms_enabled()
         _libraries()[2]._flash_attn_bwd(
@@ -200,24 +216,11 @@ def attention_backward(
             dv=dv_bshd,
         )
         return
-    if grad_bthd.is_cuda:
-        parts = (part.transpose(1, 2) for part in (grad_bthd, *inputs, y_bthd))
-        longest = grad_bthd.shape[1], inputs[1].shape[1]
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *parts, *rest, None, None, None, *longest, 0.0, True
-        )
-        found = [part_bhtd.transpose(1, 2) for part_bhtd in found]
-    else:
-        with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part in inputs]
-            found = torch.autograd.grad(_plain_attention(*leaves), leaves, grad_bthd)
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in inputs]
+        found = torch.autograd.grad(_plain_attention(*leaves), leaves, grad_bthd)
     for gradient, value in zip(gradients, found, strict=True):
         gradient.copy_(value)
-
-
-def _flash_knows(x_bthd: Tensor) -> bool:
-    """Tell whether flash-attn-4 computes this head width; between multiples of 32 its gradients were wrong (4.0.0b36)."""
-    return x_bthd.shape[-1] % 32 == 0
 
 
 def _plain_attention(q_bthd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> Tensor:

@@ -23,20 +23,54 @@ def test_mfu_is_stated_with_its_formula_and_peak(meters):
         f"MFU = tokens/s × {per_token / 1e9:.3f} GFLOP (6 for each multiply-add with a weight, attention over the visible "
         "half) / (2 × 989 TFLOP/s in bfloat16)"
     )
-    facts = meters.read(2 * 16 * 2048, waited=0.5)
+    facts = meters.read(2 * 16 * 2048, 0.5, meters.look())
     assert facts["mfu"] == pytest.approx(facts["tokens_per_second"] * per_token / (2 * 989e12))
     assert facts["tokens_per_second"] == pytest.approx(2 * 16 * 2048 / facts["seconds"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's energy is measured")
 def test_energy_without_a_counter_is_board_power_and_is_called_an_estimate(meters):
-    facts = meters.read(1, waited=0.0)
+    facts = meters.read(1, 0.0, meters.look())
     assert facts["joules"] == {"estimated": pytest.approx(2 * 700 * facts["seconds"])}
 
 
 def test_what_is_not_known_is_not_stated():
     cpu = Meters(World(0, 1, 1, torch.device("cpu")), ModelConfig(), 2048)
     assert cpu.describe() == ""
-    assert not {"mfu", "joules"} & cpu.read(1, waited=0.0).keys()
+    assert not {"mfu", "joules"} & cpu.read(1, 0.0, cpu.look()).keys()
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("Abacus") is None
+
+
+class Counter:
+    """A counter of a device that takes 300 W by day and 100 W in between."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def joules(self) -> float:
+        return sum(300.0 if second < 10 or second >= 15 else 100.0 for second in range(int(self.clock[0])))
+
+
+def test_energy_is_power_between_looks_and_leaves_out_what_was_no_step(meters, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1 << 30)
+    meters._counter, meters._watts = Counter(clock), None
+    meters.restart()
+    meters._counted = meters._count()
+
+    def step() -> dict[str, dict[str, float]]:
+        clock[0] += 1
+        look = meters.look()
+        clock[0] += 1
+        return meters.read(1, 0.0, look)
+
+    for _ in range(5):
+        assert step()["joules"] == {"measured": 2 * 300 * 2.0}
+    clock[0] += 5  # a validation
+    meters.restart()
+    for _ in range(3):
+        facts = step()
+        assert facts["joules"] == {"measured": 2 * 300 * 2.0}
+        assert (facts["seconds"], facts["memory_gib"]) == (2.0, 1.0)

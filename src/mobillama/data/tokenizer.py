@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +32,7 @@ from mobillama.data.vocabulary import (
     vocabulary_of,
 )
 from mobillama.errors import CorruptDataError, UsageError
-from mobillama.record.files import read_json, write_json
+from mobillama.record.files import json_text, read_json
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -52,6 +51,11 @@ class Tokenizer(Protocol):
     eos_id: int
     chat_template: str | None
     """Jinja that turns a conversation into text (:mod:`mobillama.data.template`); it is saved with the tokenizer."""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What it is saved as, by name: made once, since a run's checkpoints all carry it."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens; text that spells one is ordinary text."""
@@ -174,10 +178,14 @@ class SentencePieceTokenizer:
         special = self.bos_id, self.eos_id, processor.unk_id()
         return Vocabulary("llama", pieces, kinds, scores, [], "", *special)
 
-    @functools.cached_property  # a run's checkpoints all carry it
-    def description(self) -> dict[str, Any]:
-        """The ``tokenizer.json`` that gives the same ids for every text."""
-        return describe(self._vocabulary)
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """The model itself, and a ``tokenizer.json`` that gives the same ids for every text."""
+        stated = {JSON_FILE: describe(self._vocabulary), CONFIG_FILE: describe_config(self._vocabulary)}
+        return {
+            MODEL_FILE: self.path.read_bytes(),
+            **{name: json_text(value).encode() for name, value in stated.items()},
+        }
 
 
 class WordCache:
@@ -336,15 +344,13 @@ class JsonTokenizer:
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from None
 
-    def save(self, directory: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``: the same bytes where they were read from such files."""
-        contents = {JSON_FILE: self._description, CONFIG_FILE: self._config}
-        for name, content in contents.items():
-            given = self.path if name == JSON_FILE else self.path.with_name(name)
-            if self.path.suffix != ".json":
-                write_json(directory / name, content)
-            elif given.is_file():
-                shutil.copyfile(given, directory / name)
+    @functools.cached_property
+    def files(self) -> dict[str, bytes]:
+        """Its files: the same bytes where they were read from such files."""
+        if self.path.suffix == ".json":
+            beside = {JSON_FILE: self.path, CONFIG_FILE: self.path.with_name(CONFIG_FILE)}
+            return {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
+        return {JSON_FILE: json_text(self._description).encode(), CONFIG_FILE: json_text(self._config).encode()}
 
     def _find_special(self, name: str) -> int | None:
         token = self._config.get(name)
@@ -426,13 +432,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     A chat template that these do not state is written as ``chat_template.jinja``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(tokenizer.path, directory / MODEL_FILE)
-        write_json(directory / JSON_FILE, tokenizer.description)
-        write_json(directory / CONFIG_FILE, describe_config(tokenizer._vocabulary))
-    else:
-        assert isinstance(tokenizer, JsonTokenizer)
-        tokenizer.save(directory)
+    for name, content in tokenizer.files.items():
+        (directory / name).write_bytes(content)
     if tokenizer.chat_template is not None and tokenizer.chat_template != _template_beside(directory / JSON_FILE):
         (directory / TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
 

@@ -261,6 +261,7 @@ class _Run:
         computed_step = self.stepper.gradient(step, self.watch.limit)
         movement = Movement(self.stepper.model, self.world) if inspects else None
         self.stepper.update(rate, computed_step)  # before the numbers are here: the device knows a bad step by itself
+        look = self.meters.look()
         numbers = computed_step.numbers()
         fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
         looks = {"update_ratio": movement.ratios()} if movement and not fault else {}
@@ -273,7 +274,7 @@ class _Run:
         }
         prints = {"weights": fingerprint(self.stepper.model.state_dict(), self.world)} if inspects else {}
         self.records.chain({**entry, **computed, **prints})
-        facts = self.meters.read(self.stepper.tokens, self.stepper.loader.waited - waited)
+        facts = self.meters.read(self.stepper.tokens, self.stepper.loader.waited - waited, look)
         more = {"bits_per_byte": _finite(numbers.bits_per_byte), **looks}
         self._report({**record, **computed, **tokens, **more, **facts})
         said = f"loss {numbers.loss:.4g}, gradient norm {numbers.gradient_norm:.4g}" if fault else ""

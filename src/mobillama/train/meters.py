@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def peak_flops(device_name: str) -> float | None:
     return next((flops for _, pattern, flops, _ in GPUS if re.search(pattern, device_name)), None)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a device shows while it computes a step."""
+
+    memory: int
+    """The most bytes that were held so far."""
+    watts: float | None
+    """Mean power since the look before, or before that if what lay between was no step; None where it is not measured."""
+
+
 class Meters:
     """Read after each step; what is known of this process's device stands for all.
 
@@ -46,9 +57,11 @@ class Meters:
         cuda = world.device.type == "cuda"
         name = torch.cuda.get_device_name(world.device) if cuda else ""
         self._peak = peak_flops(name)
-        self._watts = next((watts for _, pattern, _, watts in GPUS if re.search(pattern, name)), None)
+        self._board_watts = next((watts for _, pattern, _, watts in GPUS if re.search(pattern, name)), None)
         self._counter = _EnergyCounter(world.device) if cuda else None
-        self._last, self._joules = time.perf_counter(), self._counter.joules() if self._counter else None
+        self._last = time.perf_counter()
+        self._counted = self._count()
+        self._watts: float | None = None
 
     def describe(self) -> str:
         """Return how MFU is computed, for people; empty where the device's peak is not known."""
@@ -60,12 +73,20 @@ class Meters:
             f"visible half) / ({self.world.size} × {self._peak / 1e12:.0f} TFLOP/s in bfloat16)"
         )
 
-    def read(self, tokens: int, waited: float) -> dict[str, Any]:
+    def look(self) -> Look:
+        """Return what a driver takes milliseconds to tell; asked for while the device has work, it costs nothing."""
+        before, self._counted = self._counted, self._count()
+        if before and self._counted:
+            self._watts = (self._counted[1] - before[1]) / (self._counted[0] - before[0])
+        return Look(self._memory(), self._watts)
+
+    def read(self, tokens: int, waited: float, look: Look) -> dict[str, Any]:
         """Return the facts of the step that ended now.
 
         Args:
             tokens: that it learned from, over all processes.
             waited: seconds in which this process waited for data.
+            look: taken while the step was computed.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -73,18 +94,21 @@ class Meters:
         if self._peak:
             flops = tokens / seconds * self._cost.training_flops_causal
             facts["mfu"] = flops / (self._peak * self.world.size)
-        facts["memory_gib"] = self._memory() / 2**30
-        joules = self._counter.joules() if self._counter else None
-        if joules is not None and self._joules is not None:
-            facts["joules"] = {"measured": (joules - self._joules) * self.world.size}
-        elif self._watts:
-            facts["joules"] = {"estimated": self._watts * seconds * self.world.size}
-        self._joules = joules
+        facts["memory_gib"] = look.memory / 2**30
+        if look.watts is not None:
+            facts["joules"] = {"measured": look.watts * seconds * self.world.size}
+        elif self._board_watts:
+            facts["joules"] = {"estimated": self._board_watts * seconds * self.world.size}
         return facts
 
     def restart(self) -> None:
         """Leave out what happened since the last reading (a validation, a checkpoint's copy)."""
-        self._last, self._joules = time.perf_counter(), self._counter.joules() if self._counter else None
+        self._last, self._counted = time.perf_counter(), None
+
+    def _count(self) -> tuple[float, float] | None:
+        """Return the time, and the joules that the device's counter shows then; None where there is none."""
+        joules = self._counter.joules() if self._counter else None
+        return None if joules is None else (time.perf_counter(), joules)
 
     def _memory(self) -> int:
         """Return the most bytes that were held so far: on the GPU by tensors, else by this process."""

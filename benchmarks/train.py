@@ -3,7 +3,7 @@
     python benchmarks/train.py                                   # one GPU: every contender on mobillama-0.5b
     python benchmarks/train.py --preset baseline2 --contenders ours plain
     python benchmarks/train.py --device cpu --preset mobillama-tiny --micro-batch 8
-    python benchmarks/train.py --data DIR --contenders ours "ours, whole run"      # what records and checkpoints cost
+    python benchmarks/train.py --data DIR --steps 240 --contenders ours "ours, whole run"   # what records and checkpoints cost
 
 Each contender runs in a process of its own on the same shape, batch and kind of tokens; what counts is the ratio, since
 the next machine is another one. The plain reference (benchmarks/plain.py) is compiled as a whole and layer by layer, and

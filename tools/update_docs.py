@@ -210,7 +210,7 @@ def train_speed() -> str:
             pairs.append((title, result))
             continue
         found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
-        ours = {name: facts["tokens_per_second"] for name, facts in found.items() if name.startswith("ours")}
+        ours = {name: found[name]["tokens_per_second"] for name in ("ours", "ours, float8") if name in found}
         on_gpu = any(facts.get("peak_gib") for facts in found.values())
         lines = [
             f"| {title} | tokens/s |{' MFU causal · full | peak GiB | power · clock | micro-batch |' if on_gpu else ''} ours is |"
@@ -218,7 +218,7 @@ def train_speed() -> str:
         lines.append("|---|---:|" + ("---:|" * 4 if on_gpu else "") + "---:|")
         for name, facts in found.items():
             mine = ours.get("ours, float8" if "float8" in name else "ours")
-            ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and name not in ours else ""
+            ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and mine != facts["tokens_per_second"] else ""
             cells = [name, f"{facts['tokens_per_second']:,.0f}"]
             if on_gpu:
                 mfu = f"{facts['mfu_causal']:.1%} · {facts['mfu_full']:.1%}" if facts.get("mfu_causal") else ""

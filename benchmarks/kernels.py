@@ -2,13 +2,15 @@
 
     python benchmarks/kernels.py shared.gguf large-base.gguf --threads 2 [--rounds 9]
 
-A round times, for each model in another order: the products of a decoded token and nothing else (no norms, attention or
-waiting for other threads), in turns with decoding from 64 tokens on; the same products part by part, and for 8 and for 64
-tokens at once; decoding of eight sequences together, and from 900 tokens on with keys and values of 8 and of 16 bits; a prefill
-of 512. The bytes that a part touches over its time tell how far its kernel is from the speed at which the same threads read the
-same weights in the same order and do nothing else, which is measured in each round too. Put models that differ in sharing alone
-beside each other: the ratio of their bare products is what sharing can gain, the ratio of decoding what it does gain. Before,
-each model is opened in a process of its own, which tells the memory that it takes.
+A round times, for each model in another order, the products of a decoded token and nothing else (no norms, no attention), in
+turns with decoding from 64 tokens on: once each thread goes through its share of all products without ever waiting, once
+they go in step, a product whole before one begins that needs it, which no decoder can do without. Then products part by
+part, and for 8 and for 64 tokens at once; decoding of eight sequences together, and from 900 tokens on with keys and values
+of 8 and of 16 bits; a prefill of 512. The bytes that a part touches over its time tell how far its kernel is from the speed
+at which the same threads read the same weights in the same order and do nothing else, which is measured in each round too.
+Put models that differ in sharing alone beside each other: the ratio of their bare products is what sharing can gain, the
+ratio of decoding what it does gain. Before, each model is opened in a process of its own, which tells the memory that it
+takes.
 """
 
 from __future__ import annotations
@@ -93,8 +95,11 @@ def turn_of(engine: NativeBatchEngine, halves: NativeBatchEngine, bytes_of: dict
             DECODED, lambda its=its: [its.feed([(0, [t + 3])]) for t in range(DECODED)]
         )
     engine.truncate(0, 64)
-    found["products"], found["decode"] = per_second_in_turns(
-        DECODED // 4, lambda t: engine.multiply_only(1), lambda t: engine.feed([(0, [t + 3])])
+    found["products"], found["products in step"], found["decode"] = per_second_in_turns(
+        DECODED // 4,
+        lambda t: engine.multiply_only(1),
+        lambda t: engine.multiply_only(1, in_step=True),
+        lambda t: engine.feed([(0, [t + 3])]),
     )
     engine.truncate(0, 64)
     engine.feed([(slot, prompt[:64]) for slot in range(1, SLOTS)])
@@ -169,12 +174,16 @@ def main() -> None:
         rows[name] |= {
             "per_second": {key: {"median": medians[key], "all": values} for key, values in its.items()},
             "decode_of_products": statistics.median(np.divide(its["decode"], its["products"])),
+            "decode_of_products_in_step": statistics.median(np.divide(its["decode"], its["products in step"])),
             f"decode_{SLOTS}_of_decode": statistics.median(np.divide(its[f"decode {SLOTS}"], its["decode"])),
         }
         print(f"{name}: ", ", ".join(f"{key} {value:,.1f}" for key, value in medians.items()))
-        ratios = rows[name]["decode_of_products"], rows[name][f"decode_{SLOTS}_of_decode"]
+        ratios = [
+            rows[name][key] for key in ("decode_of_products", "decode_of_products_in_step", f"decode_{SLOTS}_of_decode")
+        ]
         print(
-            f"    decode / products {ratios[0]:.2f}; decode of {SLOTS} / of one {ratios[1]:.2f}; {rows[name]['memory']}"
+            f"    decode / products {ratios[0]:.2f}, in step {ratios[1]:.2f}; decode of {SLOTS} / of one {ratios[2]:.2f}; "
+            f"{rows[name]['memory']}"
         )
     facts = {"kernels": args.kernels, "threads": args.threads, "rounds": args.rounds, "remark": args.remark}
     write_json(args.results, {**facts, "models": rows, "environment": environment()})

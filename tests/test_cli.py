@@ -203,3 +203,10 @@ def test_changed_weights_exit_4_and_wrong_words_exit_2(model):
     assert run_cli("generate", model).returncode == 2
     assert run_cli("nonsense").returncode == 2
     assert run_cli("presets", "--jsn").returncode == 2
+
+
+def test_an_error_is_one_line_though_libraries_were_imported_that_warn(tmp_path):
+    pytest.importorskip("torchao")
+    done = run_cli("evaluate", str(tmp_path / "none"), "--suite", "quick")
+    said = f"mobillama: {tmp_path / 'none'}: no such directory; name a model directory or a repository of the hub"
+    assert (done.returncode, done.stderr.splitlines()) == (2, [said])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mobillama.config import load_recipe
 from mobillama.engine.torch_engine import TorchEngine
@@ -18,6 +19,7 @@ from mobillama.model.loss import linear_cross_entropy, token_losses
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PretrainRecipe
 from mobillama.train.fused import fuse_layers
+from mobillama.train.hopper import attention, attention_backward
 from mobillama.train.loop import Silent, pretrain
 from mobillama.train.meters import peak_flops
 
@@ -103,6 +105,27 @@ def test_fused_layers_are_as_near_to_float32_as_plain_ones(config):
     assert sum(fused.values()) < 1.05 * sum(plain.values())
     for name, error in fused.items():
         assert error < max(0.02, 1.3 * plain[name]), name
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("width", [16, 40, 80, 112, 136, 200, 256])
+def test_fused_attention_knows_heads_of_every_width(width, key_heads):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("fused layers need a Hopper GPU")
+    pytest.importorskip("quack")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(2, 200, heads, width, generator=generator).to("cuda", torch.bfloat16)
+        for heads in (4, key_heads, key_heads, 4)
+    )
+    y, rest = attention(q, k, v)
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    attention_backward(grad, (q, k, v), y, rest, gradients)
+    exact = [part.double().transpose(1, 2).requires_grad_() for part in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    expected = torch.autograd.grad(wanted, exact, grad.double().transpose(1, 2))
+    for found, right in zip((y, *gradients), (wanted, *expected), strict=True):
+        assert (found.transpose(1, 2).double() - right).norm() < 0.005 * right.norm()
 
 
 def test_a_run_on_cuda_learns_and_resumes_with_the_same_sequences(recipe_file, tmp_path):

@@ -218,7 +218,7 @@ def train_speed() -> str:
         lines.append("|---|---:|" + ("---:|" * 4 if on_gpu else "") + "---:|")
         for name, facts in found.items():
             mine = ours.get("ours, float8" if "float8" in name else "ours")
-            ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and mine != facts["tokens_per_second"] else ""
+            ratio = f"{mine / facts['tokens_per_second']:.3f} ×" if mine and name not in ours else ""
             cells = [name, f"{facts['tokens_per_second']:,.0f}"]
             if on_gpu:
                 mfu = f"{facts['mfu_causal']:.1%} · {facts['mfu_full']:.1%}" if facts.get("mfu_causal") else ""
@@ -226,7 +226,8 @@ def train_speed() -> str:
                 clock = f"{facts['watts']:.0f} W · {facts['sm_megahertz']:,} MHz" if "watts" in facts else ""
                 cells += [mfu, peak, clock, str(facts.get("micro_batch", result["micro_batch"]))]
             lines.append(f"| {' | '.join([*cells, ratio])} |")
-        lines += ["", f"`python benchmarks/train.py`; {_measured(result['environment'], 'torch')}."]
+        options = " --data DIR --steps 240 --contenders ours 'ours, whole run'" if title.endswith(", data") else ""
+        lines += ["", f"`python benchmarks/train.py{options}`; {_measured(result['environment'], 'torch')}."]
         tables.append("\n".join(lines))
     lines = ["| ours · plain | tokens/s | ours is | MFU causal | peak GiB |", "|---|---:|---:|---:|---:|"]
     for title, result in pairs:
@@ -788,16 +789,17 @@ def native_kernels() -> str:
             lines.append(f"| {name} | {part} | {size / 1e6:.1f} | {place} | {cells} |")
     lines += [
         "",
-        "| model | reading alone | products alone | decode | of products | 8 together | of one | at 900 tokens | with 16-bit cache | prefill 512 "
+        "| model | reading alone | products alone | in step | decode | of products | of those in step | 8 together | of one | at 900 tokens | with 16-bit cache | prefill 512 "
         "| MiB of weights in the file | in memory, loaded | after decoding | at most |",
-        "|---|" + "---:|" * 13,
+        "|---|" + "---:|" * 15,
     ]
     for name, row in result["models"].items():
         its = {key: value["median"] for key, value in row["per_second"].items()}
         memory = row["memory"]
         sizes = [memory[key] / 2**20 for key in ("weights", "loaded", "decoded", "peak")]
         lines.append(
-            f"| {name} | {its['reading']:.1f} | {its['products']:.1f} | {its['decode']:.1f} | {row['decode_of_products']:.2f} | {its['decode 8']:.1f} "
+            f"| {name} | {its['reading']:.1f} | {its['products']:.1f} | {its['products in step']:.1f} | {its['decode']:.1f} "
+            f"| {row['decode_of_products']:.2f} | {row['decode_of_products_in_step']:.2f} | {its['decode 8']:.1f} "
             f"| {row['decode_8_of_decode']:.2f} | {its['decode far']:.1f} | {its['decode far, 16 bits']:.1f} "
             f"| {its['prefill 512']:.1f} | {sizes[0]:.1f} | {sizes[1]:.1f} ({sizes[1] / sizes[0]:.3f}) | {sizes[2]:.1f} "
             f"| {sizes[3]:.1f} |"
@@ -809,7 +811,8 @@ def native_kernels() -> str:
             "",
             f"Medians of {result['rounds']} rounds, tokens/s where nothing else is said; {result['kernels']}, {result['threads']} "
             f"threads{remark}. Memory is what the process takes more than before it opened the model, mapped pages among it. "
-            "Reading alone: the same threads load the same weights in the same order and do nothing else. "
+            "Reading alone: the same threads load the same weights in the same order and do nothing else. Products alone: no thread "
+            "ever waits for another; in step: it waits where a product needs all of the last one's result, as in decoding. "
             f"`python benchmarks/kernels.py`; {_measured(result['environment'])}.",
         ]
     )

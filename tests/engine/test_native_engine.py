@@ -205,6 +205,28 @@ def test_any_number_of_threads_gives_the_same_bits(changes):
         assert np.array_equal(engine.feed(IDS[100:101]), one.feed(IDS[100:101]))
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_measuring_products_alone_leaves_no_trace(in_step):
+    model = model_of("q4_0")
+    measured, other = (NativeBatchEngine(model, 1, threads=2) for _ in range(2))
+    expected = other.feed([(0, IDS)])
+    measured.feed([(0, IDS[:5])])
+    measured.multiply_only(1, in_step=in_step)
+    assert np.array_equal(measured.feed([(0, IDS[5:])]), expected)
+
+
+def test_products_in_step_end_with_the_heads():
+    """Threads that wait for none write theirs over other matrices' at any time."""
+    model, found = model_of("q4_0"), []
+    for threads in (1, 3):
+        engine = NativeBatchEngine(model, 1, threads)
+        engine.feed([(0, IDS)])
+        engine.multiply_only(1, in_step=True)
+        found.append(engine._products[: engine.vocab_size].copy())
+    assert np.array_equal(*found)
+    assert np.abs(found[0]).max() > 0
+
+
 def test_what_it_cannot_take_in_is_refused_and_changes_nothing():
     engine = NativeEngine(model_of("q4_0"), 1)
     expected = engine.feed(IDS[:4])

@@ -145,6 +145,7 @@ def test_a_device_without_the_kernels_is_refused(recipe_file):
         ({"config": ModelConfig(61, 48, 68, 4, 6)}, "model.intermediate_size"),
         ({"config": PRESETS["mobillama-0.8b-paper"][0]}, "model.hidden_size"),
         ({"config": ModelConfig(61, 4096, 72, 4, 8)}, "heads 512 wide"),
+        ({"config": ModelConfig(61, 64, 72, 4, 8)}, "heads 8 wide"),
         ({"float8": True, "context": 2047}, "train.float8"),
     ],
 )
@@ -152,6 +153,7 @@ def test_shapes_that_the_kernels_do_not_know_are_refused(change, said):
     facts = {"precision": "bfloat16", "config": ModelConfig(), "context": 2048, "float8": False}
     check_shapes(**facts)
     check_shapes(**{**facts, "float8": True, "config": PRESETS["mobillama-0.8b"][0]})
+    check_shapes(**{**facts, "config": ModelConfig(61, 1088, 72, 4, 8)})
     with pytest.raises(UsageError, match=said):
         check_shapes(**{**facts, **change})
 

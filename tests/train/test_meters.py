@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -43,34 +45,59 @@ def test_what_is_not_known_is_not_stated():
 
 
 class Counter:
-    """A counter of a device that takes 300 W by day and 100 W in between."""
+    """A counter that stands at 100 W before second 10 and between 100 and 200, else at 300 W."""
 
-    def __init__(self, clock: list[float]) -> None:
-        self.clock = clock
+    def __init__(self, device: torch.device) -> None:
+        pass
 
     def joules(self) -> float:
-        return sum(300.0 if second < 10 or second >= 15 else 100.0 for second in range(int(self.clock[0])))
+        seconds = range(int(time.perf_counter()))
+        return sum(100.0 if second < 10 or 100 <= second < 200 else 300.0 for second in seconds)
 
 
-def test_energy_is_power_between_looks_and_leaves_out_what_was_no_step(meters, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, which tests set."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def counting(meters, clock, monkeypatch) -> Meters:
+    monkeypatch.setattr("mobillama.train.meters._EnergyCounter", Counter)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1 << 30)
-    meters._counter, meters._watts = Counter(clock), None
-    meters.restart()
-    meters._counted = meters._count()
+    return Meters(World(0, 2, 2, torch.device("cuda:0")), ModelConfig(), 2048)
 
-    def step() -> dict[str, dict[str, float]]:
-        clock[0] += 1
-        look = meters.look()
-        clock[0] += 1
-        return meters.read(1, 0.0, look)
 
-    for _ in range(5):
-        assert step()["joules"] == {"measured": 2 * 300 * 2.0}
-    clock[0] += 5  # a validation
-    meters.restart()
-    for _ in range(3):
-        facts = step()
-        assert facts["joules"] == {"measured": 2 * 300 * 2.0}
-        assert (facts["seconds"], facts["memory_gib"]) == (2.0, 1.0)
+def watts_of_a_step(meters: Meters, clock: list[float]) -> float:
+    clock[0] += 1
+    look = meters.look()
+    clock[0] += 4
+    facts = meters.read(1, 0.0, look)
+    assert (facts["seconds"], facts["memory_gib"]) == (5.0, 1.0)
+    return facts["joules"]["measured"] / 2 / 5
+
+
+def test_energy_is_power_between_looks_and_leaves_out_what_was_no_step(counting, clock):
+    clock[0] = 20.0
+    counting.look()
+    counting.restart()
+    assert watts_of_a_step(counting, clock) == 200.0  # of 20 s, half of them at 100 W
+    assert [watts_of_a_step(counting, clock) for _ in range(3)] == [300.0] * 3
+    counting.look()
+    clock[0] = 200.0  # a validation
+    counting.restart()
+    assert [watts_of_a_step(counting, clock) for _ in range(3)] == [300.0] * 3
+
+
+def test_energy_is_known_though_a_validation_follows_every_step(counting, clock):
+    clock[0], found = 10.0, []
+    counting.look()
+    counting.restart()
+    for _ in range(4):
+        found.append(watts_of_a_step(counting, clock))
+        counting.look()
+        clock[0] += 10
+        counting.restart()
+    assert found == [100.0, *[300.0] * 3]

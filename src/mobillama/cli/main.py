@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -35,10 +36,15 @@ EXTRA_OF_PACKAGE = {
     "zstandard": "data",
 }
 
+# torchao, which transformers, peft and ExecuTorch import, warns of kernels for other machines, and torch of torchao.
+_CHATTY = ("torchao", "torch.utils._pytree")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         known, rest = _parser().parse_known_args(words)  # which prints --help
         _check_options(known, rest)

@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What it is saved as, by name: made once, since a run's checkpoints all carry it."""
+        """What it is saved as, by name, but for a chat template: made once, since a run's checkpoints all carry it."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

@@ -10,7 +10,6 @@ Shapes: b batch, which is 1 · t tokens · h heads · d head width · c channels
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,8 +187,6 @@ def load_operators() -> None:
     Raises:
         ModuleNotFoundError: ExecuTorch is not installed.
     """
-    for noisy in ("torchao", "torch.utils._pytree"):  # of extensions for GPUs, and of each other
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 

@@ -152,15 +152,16 @@ class NativeBatchEngine:
         self._library.mobillama_copy(self._model, source, target, kept)
         self._lengths[target] = kept
 
-    def multiply_only(self, tokens: int, parts: Sequence[str] = tuple(_PARTS)) -> None:
-        """Do matrix products of a forward pass and nothing else: the bound that ``benchmarks/kernels.py`` measures against.
+    def multiply_only(self, tokens: int, parts: Sequence[str] = tuple(_PARTS), in_step: bool = False) -> None:
+        """Do matrix products of a forward pass and nothing else: the bounds that ``benchmarks/kernels.py`` measures against.
 
         Args:
             tokens: number of vectors that each matrix is multiplied with, at most a chunk; 0: weights are read and no more.
             parts: attention, network, head.
+            in_step: whether threads wait for one another where the next product needs all of the last ones, as in a pass.
         """
-        mask = sum(_PARTS[part] for part in parts)
-        self._library.mobillama_multiply_only(self._model, mask, min(tokens, self._chunk), self._products.ctypes.data)
+        mask, tokens = sum(_PARTS[part] for part in parts), min(tokens, self._chunk)
+        self._library.mobillama_multiply_only(self._model, mask, tokens, in_step, self._products.ctypes.data)
 
     @functools.cached_property
     def _products(self) -> NDArray[np.float32]:

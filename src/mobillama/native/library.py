@@ -56,7 +56,7 @@ _FUNCTIONS = {
     "cache_bytes": (ctypes.c_size_t, [_POINTER]),
     "feed": (None, [_POINTER, _POINTER, ctypes.POINTER(Run), _INT, _POINTER]),
     "copy": (None, [_POINTER, _INT, _INT, _INT]),
-    "multiply_only": (None, [_POINTER, _INT, _INT, _POINTER]),
+    "multiply_only": (None, [_POINTER, _INT, _INT, _INT, _POINTER]),
 }
 
 

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -245,16 +246,19 @@ public:
 
     // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
     // measuring. Of no tokens: the same weights are read, by the same threads in the same order, and nothing else. Parts: 1
-    // attention's, 2 the network's, 4 the head's, or their sum. `out` has room for n times the rows of the largest matrix.
-    void multiply_only(int parts, int n, float* out) {
+    // attention's, 2 the network's, 4 the head's, or their sum. In step: threads wait for one another where the next product
+    // needs all of the last ones; else never. `out` has room for n times the rows of the largest matrix.
+    void multiply_only(int parts, int n, bool in_step, float* out) {
         pool.run([&](int t) {
+            const auto products = [&](std::initializer_list<int> numbers) {
+                for (int number : numbers) multiply_one(t, matrices[number], n, out);
+                if (in_step) pool.barrier();
+            };
             for (const Layer& layer : layers) {
-                if (parts & 1)
-                    for (int number : {layer.q, layer.k, layer.v, layer.o}) multiply_one(t, matrices[number], n, out);
-                if (parts & 2)
-                    for (int number : {layer.gate, layer.up, layer.down}) multiply_one(t, matrices[number], n, out);
+                if (parts & 1) products({layer.q, layer.k, layer.v}), products({layer.o});
+                if (parts & 2) products({layer.gate, layer.up}), products({layer.down});
             }
-            if (parts & 4) multiply_one(t, matrices[head], n, out);
+            if (parts & 4) products({head});
         });
     }
 
@@ -572,4 +576,6 @@ API void mobillama_feed(Model* model, const int32_t* ids, const Run* runs, int c
 
 API void mobillama_copy(Model* model, int from, int to, int positions) { model->copy(from, to, positions); }
 
-API void mobillama_multiply_only(Model* model, int parts, int n, float* out) { model->multiply_only(parts, n, out); }
+API void mobillama_multiply_only(Model* model, int parts, int n, int in_step, float* out) {
+    model->multiply_only(parts, n, in_step, out);
+}

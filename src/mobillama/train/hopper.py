@@ -47,7 +47,7 @@ def check_shapes(precision: str, config: ModelConfig, context: int, float8: bool
                 f"train.fused: needs {key} to be a multiple of {unit}, not {size}; set train.fused to false"
             )
     width = config.attention_head_dim
-    if width % 8 or width > 256:
+    if width % 8 or not 16 <= width <= 256:
         raise UsageError(f"train.fused: knows no heads {width} wide; set it to false")
     if float8 and context % 16:
         raise UsageError(
@@ -79,11 +79,9 @@ def _pad_heads(interface: Any) -> None:
     class Backward(interface.FlashAttentionBackwardSm90):  # type: ignore[misc]
         def __init__(self, dtype: Any, width: int, value_width: int | None = None, *args: Any, **named: Any) -> None:
             super().__init__(dtype, width, value_width, *args, **named)
-            if not named["dKV_swapAB"]:
-                value_width = value_width or width
-                self.tile_hdim, self.tile_hdimv = (-(-size // 32) * 32 for size in (width, value_width))
-                self.check_hdim_oob = self.tile_hdim != width
-                self.check_hdim_v_oob = self.tile_hdimv != value_width
+            self.tile_hdim, self.tile_hdimv = (-(-tile // 32) * 32 for tile in (self.tile_hdim, self.tile_hdimv))
+            self.check_hdim_oob = self.tile_hdim != width
+            self.check_hdim_v_oob = self.tile_hdimv != (value_width or width)
 
     interface.FlashAttentionBackwardSm90 = Backward
     interface._flash_attn_bwd.compile_cache = interface.get_jit_cache("bwd_padded")

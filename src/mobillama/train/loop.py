@@ -158,6 +158,10 @@ class _Run:
         ):
             if done < train.steps:
                 self.saver.reserve(self.stepper.model, self.stepper.optimizers)
+                if self.world.is_first:
+                    _ = (
+                        self.dataset.tokenizer.files
+                    )  # made now: beside training it would keep Python's lock for half a second
             if path is not None:
                 self.saver.resume(path)
             while done < train.steps:
@@ -264,7 +268,7 @@ class _Run:
         look = self.meters.look()
         numbers = computed_step.numbers()
         fault = self.watch.judge(numbers.loss, numbers.gradient_norm)
-        looks = {"update_ratio": movement.ratios()} if movement and not fault else {}
+        moved = {"update_ratio": movement.ratios()} if movement and not fault else {}
         computed = {
             "loss": _finite(numbers.loss),
             "loss_by_source": {name: _finite(loss) for name, loss in numbers.loss_by_source.items()},
@@ -275,7 +279,7 @@ class _Run:
         prints = {"weights": fingerprint(self.stepper.model.state_dict(), self.world)} if inspects else {}
         self.records.chain({**entry, **computed, **prints})
         facts = self.meters.read(self.stepper.tokens, self.stepper.loader.waited - waited, look)
-        more = {"bits_per_byte": _finite(numbers.bits_per_byte), **looks}
+        more = {"bits_per_byte": _finite(numbers.bits_per_byte), **moved}
         self._report({**record, **computed, **tokens, **more, **facts})
         said = f"loss {numbers.loss:.4g}, gradient norm {numbers.gradient_norm:.4g}" if fault else ""
         if fault:
@@ -310,6 +314,7 @@ class _Run:
         return int(state["step"])
 
     def _validate(self, step: int) -> None:
+        self.meters.look()  # at the steps up to here
         micro, limit = self.recipe.train.micro_batch_size, self.recipe.train.validate_sequences
         losses = validate(self.stepper.losses, self.dataset, self.world, micro, limit)
         if losses:
@@ -326,6 +331,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         """Begin a checkpoint. Its lines come into the records before the next one's, however long its files take."""
+        self.meters.look()  # at the steps up to here
         self._finish_save()
         state = {
             "data": self.dataset.digest,

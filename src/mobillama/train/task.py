@@ -163,7 +163,6 @@ class Pretraining:
     def open(self) -> None:
         """Open the data set."""
         self.data = Dataset(self._data_path)
-        _ = self.data.tokenizer.files  # made now: beside training it would keep Python's lock for half a second
 
     def build(self) -> MobiLlama:
         """Return the model, drawn from the recipe's seed."""

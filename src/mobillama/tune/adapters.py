@@ -6,7 +6,6 @@ one pair B, A serves all uses of the shared feed-forward network, and the merged
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ _TARGETS["all"] = [*_TARGETS["attention"], *_TARGETS["ffn"]]
 
 def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze a model and put adapters into it, which at first change nothing: B is 0, A is drawn from ``seed``."""
-    for name in ("torchao", "torch.utils._pytree"):  # torchao, which peft imports, warns of kernels for other machines
-        logging.getLogger(name).setLevel(logging.ERROR)
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 

@@ -77,6 +77,9 @@ def _pad_heads(interface: Any) -> None:
     """
 
     class Backward(interface.FlashAttentionBackwardSm90):  # type: ignore[misc]
+        tile_hdim: int
+        tile_hdimv: int
+
         def __init__(self, dtype: Any, width: int, value_width: int | None = None, *args: Any, **named: Any) -> None:
             super().__init__(dtype, width, value_width, *args, **named)
             self.tile_hdim, self.tile_hdimv = (-(-tile // 32) * 32 for tile in (self.tile_hdim, self.tile_hdimv))

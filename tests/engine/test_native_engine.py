@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from mobillama.engine.torch_gguf import decode_weights
 from mobillama.engine.weights import weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
-from mobillama.native.build import CannotBuild
+from mobillama.native.build import CannotBuild, library_name
 from mobillama.native.library import _remove_unused, kernels, library
 from mobillama.recipe import ModelConfig
 
@@ -321,7 +322,8 @@ def test_a_gguf_file_opens_for_several_sequences(gguf):
 
 def decode_in_a_process(gguf, **environment) -> subprocess.CompletedProcess[str]:
     code = (
-        "import sys; from pathlib import Path; from mobillama.engine.load import load_engine\n"
+        environment.pop("before", "")
+        + "import sys; from pathlib import Path; from mobillama.engine.load import load_engine\n"
         f"engine, _ = load_engine(Path({str(gguf)!r}), sys.argv[1], threads=1); engine.feed([1, 2, 3])\n"
         "print(engine.name, *sys.modules)"
     )
@@ -338,14 +340,52 @@ def test_decoding_loads_no_torch(gguf):
 
 
 def test_without_a_compiler_torch_decodes_and_one_line_says_so(gguf, tmp_path):
-    for compiler, said in (("/absent/c++", "cannot be run"), ("false", "the C++ compiler failed")):
+    for compiler, said in (("/absent/c++", "is no program here"), ("false", "the C++ compiler 'false' failed")):
         run = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX=compiler)
         assert run.stdout.split()[0] == TORCH, run.stderr
-        lines = [line for line in run.stderr.splitlines() if said in line]
-        assert len(lines) == 1 and "torch decodes instead" in lines[0]
+        *before, line = run.stderr.splitlines()
+        assert said in line and "torch decodes instead" in line
+        assert len(before) == (compiler == "false")  # which is asked to compile
     refused = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX="false", engine="native")
-    assert f"{UsageError.__name__}: {gguf}: the C++ compiler failed" in refused.stderr
+    assert f"{UsageError.__name__}: {gguf}: the C++ compiler 'false' failed" in refused.stderr
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_without_compiler_and_torch_both_remedies_are_named(gguf, tmp_path):
+    absent = 'import sys; sys.modules["torch"] = None\n'
+    run = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path), CXX="/absent/c++", before=absent)
+    *_, line = run.stderr.splitlines()
+    assert line.endswith(
+        f"UsageError: {gguf}: CXX names '/absent/c++', which is no program here; install g++ or clang++, or unset it; or "
+        "decode with torch: pip install 'mobillama[train]'"
+    )
+
+
+def test_a_damaged_library_in_the_cache_is_compiled_again(gguf, tmp_path):
+    library_file = tmp_path / "native" / library_name()
+    library_file.parent.mkdir()
+    library_file.write_bytes(b"cut off by a full disk")
+    run = decode_in_a_process(gguf, MOBILLAMA_CACHE=str(tmp_path))
+    assert run.stdout.split()[0] == NATIVE, run.stderr
+    assert library_file.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["sha256-0123", "model.GGUF"])
+def test_a_gguf_file_is_known_by_its_first_bytes_whatever_its_name(gguf, tmp_path, name):
+    shutil.copyfile(gguf, tmp_path / name)
+    engine, tokenizer = load_engine(tmp_path / name, threads=1)
+    assert (engine.name, engine.vocab_size) == (NATIVE, tokenizer.vocab_size)
+
+
+def test_what_is_no_model_is_told_before_a_library_is_missed(tmp_path):
+    (tmp_path / "text").write_text("GGU")
+    (tmp_path / "folder.gguf").mkdir()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name, said in (("text", "is neither a GGUF file nor a model directory"), ("folder.gguf", "is no file")):
+        with pytest.raises(UsageError, match=said):
+            load_engine(tmp_path / name)
+    with pytest.raises(UsageError, match="is no file; give a GGUF file"):
+        load_engine(tmp_path / "pipe.gguf")
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_the_end(gguf, tmp_path):

@@ -18,7 +18,11 @@ def add(verbs: Verbs) -> None:
     group = add_group(verbs, "bench", "measure on this machine")
     verb = add_verb(group, "infer", _infer, "measure speed, memory and latency of models in engines that take turns")
     verb.add_argument(
-        "models", type=Path, nargs="+", metavar="MODEL", help="model directories and what 'mobillama export' made"
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="GGUF files, model directories, and what 'export onnx' made",
     )
     verb.add_argument(
         "--engine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -68,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"mobillama: {place}{error.strerror or error}; check the path, its permissions and free space",
-            file=sys.stderr,
-        )
+        remedy = "check the path, its permissions and free space"
+        if error.errno == errno.ENOMEM:
+            remedy = "take a smaller model, a shorter context or fewer slots"
+        print(f"mobillama: {place}{error.strerror or error}; {remedy}", file=sys.stderr)
         return 2
 
 

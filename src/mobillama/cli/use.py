@@ -59,7 +59,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", type=Path, help="a model directory, or what 'mobillama export' made")
+    verb.add_argument("model", type=Path, help="a GGUF file, a model directory, or what 'mobillama export onnx' made")
     verb.add_argument(
         "--engine",
         choices=("auto", *ENGINES),

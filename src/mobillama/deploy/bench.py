@@ -23,7 +23,7 @@ from mobillama.data.tokenizer import Tokenizer
 from mobillama.deploy.energy import Meter, open_meters
 from mobillama.deploy.parity import texts
 from mobillama.engine import ENGINES, ONNXRUNTIME, TORCH
-from mobillama.engine.gguf import read_gguf
+from mobillama.engine.gguf import is_gguf, read_gguf
 from mobillama.engine.gguf_model import SHARE_KEY
 from mobillama.engine.load import check_gpu, check_threads, engine_for, engines_for, tokenizer_of
 from mobillama.errors import MobiLlamaError, UsageError
@@ -50,7 +50,7 @@ class Contender:
     @property
     def bytes(self) -> int:
         """Bytes of its weights on disk."""
-        if self.path.is_file() and self.path.suffix == ".gguf":
+        if is_gguf(self.path):
             return self.path.stat().st_size
         directory = self.path if self.path.is_dir() else self.path.parent
         return sum(file.stat().st_size for pattern in ("*.safetensors", "*.onnx*") for file in directory.glob(pattern))
@@ -73,7 +73,7 @@ def contenders(paths: Sequence[Path], engine: str, llama_python: str | None, dev
     found = []
     for path in paths:
         able = list(engines_for(path))
-        if path.suffix == ".gguf" and _loads_in_llama_cpp(path) and llama_python:
+        if is_gguf(path) and _loads_in_llama_cpp(path) and llama_python:
             able.append(LLAMA_CPP)
         if engine == "auto":
             best = engine_for(path, device=device)

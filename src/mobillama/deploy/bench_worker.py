@@ -119,9 +119,10 @@ def memory(device: str) -> dict[str, Any]:
         import torch
 
         gpu = torch.cuda.max_memory_allocated()
+    resident = _status("VmRSS")  # first: reading it takes memory too
     return {
         "peak_rss": _status("VmHWM"),
-        "rss": _status("VmRSS"),
+        "rss": resident,
         "uss": None if None in own else sum(part for part in own if part),
         "gpu": gpu,
     }

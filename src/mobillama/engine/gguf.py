@@ -144,6 +144,14 @@ class GGUF:
     tensors: dict[str, Tensor]
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file is a GGUF file by its first bytes, or means to be one by its name."""
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.suffix == ".gguf"
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def read_gguf(path: Path) -> GGUF:
     """Open a GGUF file.
 
@@ -151,10 +159,9 @@ def read_gguf(path: Path) -> GGUF:
         UsageError: there is no such file, it is no GGUF, of an unknown version, or holds types that are not decoded here.
         CorruptDataError: its header contradicts itself or its size.
     """
-    try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 tensors are read from it as long as they are held
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"{path}: no such file") from None
+    if not path.is_file():
+        raise UsageError(f"{path}: {'is no file' if path.exists() else 'no such file'}; give a GGUF file")
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 tensors are read from it as long as they are held
     if file.read(4) != MAGIC:
         raise UsageError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

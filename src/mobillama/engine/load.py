@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobillama.data.tokenizer import JSON_FILE, Tokenizer, load_tokenizer
 from mobillama.engine import NATIVE, ONNXRUNTIME, TORCH
+from mobillama.engine.gguf import is_gguf, read_gguf
 from mobillama.engine.interface import BatchEngine, Engine, OneSlot, chosen_context
 from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import UsageError
@@ -23,13 +25,17 @@ def engines_for(path: Path) -> tuple[str, ...]:
     """Return the names of the engines that open a file or directory, best first.
 
     Raises:
-        UsageError: there is nothing at ``path``.
+        UsageError: there is nothing at ``path``, or no model.
     """
     if not path.exists():
-        raise UsageError(f"{path}: no such file or directory; give a model directory or an exported file")
+        raise UsageError(f"{path}: no such file or directory; give a GGUF file or a model directory")
     if _holds_graph(path):
         return (ONNXRUNTIME,)
-    return (NATIVE, TORCH) if path.suffix == ".gguf" else (TORCH,)
+    if is_gguf(path):
+        return NATIVE, TORCH
+    if not path.is_dir():
+        raise UsageError(f"{path}: is neither a GGUF file nor a model directory")
+    return (TORCH,)
 
 
 def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
@@ -52,7 +58,7 @@ def engine_for(path: Path, engine: str = "auto", device: str = "auto") -> str:
                 f"{path}: was made for {able[0]}, {engine} cannot open it; leave --engine out, or {remedy}"
             )
         return engine
-    if able[0] == NATIVE and (device == "cuda" or not _native_is_built()):
+    if able[0] == NATIVE and (device == "cuda" or not _native_is_built(path)):
         return able[1]
     return able[0]
 
@@ -67,13 +73,15 @@ def check_threads(threads: int) -> None:
         raise UsageError(f"--threads: {threads} where there are {cores} cores; take at most as many")
 
 
-def _native_is_built() -> bool:
+def _native_is_built(path: Path) -> bool:
     from mobillama.native.build import CannotBuild
     from mobillama.native.library import library
 
     try:
         library()
     except CannotBuild as error:
+        if find_spec("torch") is None:
+            raise UsageError(f"{path}: {error}; or decode with torch: pip install 'mobillama[train]'") from None
         print(f"mobillama: {error}; torch decodes instead", file=sys.stderr)
         return False
     return True
@@ -214,8 +222,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
         UsageError: it has none.
         CorruptDataError: it is damaged.
     """
-    if path.suffix == ".gguf":
-        from mobillama.engine.gguf import read_gguf
+    if is_gguf(path):
         from mobillama.engine.gguf_model import read_tokenizer
 
         return read_tokenizer(read_gguf(path))

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import mobillama.hf  # noqa: F401  (registers our model with the Auto classes)
 from mobillama.directory import CONFIG_FILE, WEIGHTS_FILE, verify_in_checkpoint
+from mobillama.engine.gguf import is_gguf
 from mobillama.engine.weights import check_vocabulary
 from mobillama.errors import CorruptDataError, UsageError, cause
 from mobillama.importing.models import VERSION, import_model
@@ -62,7 +63,7 @@ def find_model(name: str, cache: Path, revision: str | None = None) -> ModelFile
         CorruptDataError: a file of a checkpoint is not as it was written, or goes while it is read.
     """
     directory = Path(name)
-    if directory.suffix == ".gguf" and directory.is_file():
+    if directory.is_file() and is_gguf(directory):
         return _import(directory, cache)
     if directory.is_file():
         raise UsageError(f"{name}: is a file; name the model directory that holds it, or a GGUF file")

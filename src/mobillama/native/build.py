@@ -51,13 +51,15 @@ def build(directory: Path) -> Path:
         CannotBuild: there is no compiler, or it fails.
         OSError: the directory cannot be written.
     """
-    command = _compiler()
+    command = find_compiler()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as work:
         objects = compile_objects(command, Path(work), SOURCES / "model.cpp")
         library = Path(work) / "library.so"
         run_all([[*command, *map(str, objects), *_LINK, "-o", str(library)]])
         path = directory / library_name()
+        with open(library, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(library, path)
     return path
 
@@ -89,9 +91,19 @@ def _kernels(machine: str | None = None) -> dict[str, str]:
     return _KERNELS.get((machine or platform.machine()).lower(), {}) | {"portable": ""}
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """Return the words of the C++ compiler's command.
+
+    Raises:
+        CannotBuild: there is none.
+    """
     if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+        command = shlex.split(os.environ["CXX"])
+        if not command or not shutil.which(command[0]):
+            raise CannotBuild(
+                f"CXX names '{os.environ['CXX']}', which is no program here; install g++ or clang++, or unset it"
+            )
+        return command
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
@@ -115,4 +127,4 @@ def run_all(commands: list[list[str]]) -> None:
         said = process.communicate()[0].strip().splitlines()
         if process.returncode:
             first = next((line for line in said if "error" in line), said[0] if said else "without a word")
-            raise CannotBuild(f"the C++ compiler failed: {first[:200]}")
+            raise CannotBuild(f"the C++ compiler '{commands[0][0]}' failed: {first[:200]}; CXX names another one")

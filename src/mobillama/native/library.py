@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from mobillama.native.build import SOURCES, CannotBuild, build, library_name
+from mobillama.native.build import SOURCES, CannotBuild, build, find_compiler, library_name
 
 
 class Shape(ctypes.Structure):
@@ -69,17 +69,15 @@ def library() -> ctypes.CDLL:
     """
     path = _found()
     try:
-        if path is None:
-            print(
-                "mobillama: compiling the native decoder, once for this version; about half a minute …", file=sys.stderr
-            )
-            path = build(_cache())
-            _remove_unused(_cache())
-        elif path.parent == _cache():
+        if path is not None and path.parent == _cache():
             path.touch()  # used, so kept
-        loaded = ctypes.CDLL(str(path))
+        loaded = _opened(path) if path is not None else None
+        if loaded is None:
+            loaded = ctypes.CDLL(str(_built()))
     except OSError as error:
-        raise CannotBuild(f"the native decoder cannot be kept or loaded: {error}") from None
+        raise CannotBuild(
+            f"the native decoder cannot be kept or loaded ({error}); MOBILLAMA_CACHE names another place for it"
+        ) from None
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, f"mobillama_{name}")
         function.restype, function.argtypes = result, arguments
@@ -93,6 +91,24 @@ def kernels() -> list[str]:
         CannotBuild: see :func:`library`.
     """
     return str(library().mobillama_kernels().decode()).splitlines()
+
+
+def _built() -> Path:
+    find_compiler()  # or it would be said to compile
+    print("mobillama: compiling the native decoder, once for this version; about half a minute …", file=sys.stderr)
+    path = build(_cache())
+    _remove_unused(_cache())
+    return path
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """Return a library, or None where the file in the cache is damaged: it is made again."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        if path.parent != _cache():
+            raise
+        return None
 
 
 def _remove_unused(cache: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mobillama.data.template import ChatTemplate
 from mobillama.data.tokenizer import Tokenizer
-from mobillama.engine.gguf import read_gguf
+from mobillama.engine.gguf import is_gguf, read_gguf
 from mobillama.engine.interface import BatchEngine
 from mobillama.engine.load import GRAPH_FILE, load_batch_engine
 from mobillama.record.files import read_json, sha256_file
@@ -86,7 +86,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _weights_of(file: Path) -> dict[str, Any]:
-    if file.suffix == ".gguf":
+    if is_gguf(file):
         tensors = read_gguf(file).tensors.values()
         sizes: dict[str, int] = {}
         for tensor in tensors:

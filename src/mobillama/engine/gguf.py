@@ -146,8 +146,10 @@ class GGUF:
 
 def is_gguf(path: Path) -> bool:
     """Tell whether a file is a GGUF file by its first bytes, or means to be one by its name."""
-    if path.suffix == ".gguf" or not path.is_file():
-        return path.suffix == ".gguf"
+    if path.suffix == ".gguf":
+        return True
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

@@ -287,7 +287,7 @@ def _opened(path: Path, engine_of: Callable[[GGUFModel], E]) -> E:
     try:
         library()
     except CannotBuild as error:
-        raise UsageError(f"{path}: {error}; or leave --engine out, and torch decodes") from None
+        raise UsageError(f"{path}: {error}; or take --engine torch") from None
     model = read_model(path)
     try:
         return engine_of(model)

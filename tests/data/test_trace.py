@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,6 +175,18 @@ def found(dataset: Dataset, text: str) -> set[tuple[str, int, int, int]]:
 def test_every_occurrence_is_found_and_no_other(plain):
     for text in [*samples(plain.texts(), 30, 400, 0), "e, a", "ing\n"]:
         assert found(plain.dataset, text) == plain.occurrences(text), repr(text)
+
+
+def test_a_lock_that_tantivy_makes_late_hurts_no_search(plain, monkeypatch, tmp_path):
+    def late(path, dir_fd=None, rmdir=os.rmdir):
+        (Path(path) / ".tantivy-meta.lock").touch()
+        rmdir(path, dir_fd=dir_fd)
+
+    text = plain.texts()[0][:20]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "rmdir", late)
+    assert found(plain.dataset, text) == plain.occurrences(text)
+    assert [file.name for file in tmp_path.rglob("*.lock")] == [".tantivy-meta.lock"]
 
 
 def test_awkward_texts_are_found_where_they_are_stored(weighted):

@@ -227,12 +227,13 @@ def candidates(path: Path, needle: str) -> Iterator[tuple[int, int]]:
 
     done = 0
     try:
-        with tempfile.TemporaryDirectory() as links:  # tantivy locks a directory to read it: not that of the data
+        # tantivy locks a directory to read it, not that of the data, and may do so once more while it is removed
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as links:
             for file in path.iterdir():
                 if file.suffix != ".lock":
                     (Path(links) / file.name).symlink_to(file.absolute())
             index = Index.open(links)
-            index.config_reader("manual")  # no thread that watches the directory
+            index.config_reader("manual")  # ends the thread that watches the directory, but not at once
             searcher, query = index.searcher(), _query(index.schema, needle)
             while True:
                 limit = max(WINDOWS_AT_ONCE, done)

@@ -67,18 +67,18 @@ struct Q8 {
     static I times(I acc, Bytes w, const int8_t* x) { return dot_signed(acc, w, x); }
 };
 
-// Products of one panel with N vectors, in 8-bit arithmetic. What stands from `end` on is of no use.
-template <class Format, int N>
-inline void quantized_panel(const uint8_t* panel, const uint8_t* end, int groups, const Activations* x, int stride, V* sums) {
+// Products of one panel with N vectors, in 8-bit arithmetic.
+template <class Format, int N, bool streams>
+inline void quantized_panel(const Matrix& m, const uint8_t* panel, const Activations* x, int stride, V* sums) {
     constexpr Layout layout = layout_of(Format::kind);
     V acc[N];
     for (int v = 0; v < N; v++) acc[v] = set(0);
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < m.columns / BLOCK; g++) {
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
         const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
         const V scale = load_half(pair + g % 2 * 32);
-        const uint8_t* ahead = codes + 4096 < end ? codes + 4096 : codes;
-        for (int line = 0; line < layout.block_bytes; line += 64) prefetch(ahead + line);
+        const uint8_t* ahead = codes + m.ahead < m.end ? codes + m.ahead : codes;
+        for (int line = 0; line < layout.block_bytes; line += 64) __builtin_prefetch(ahead + line, 0, streams ? 0 : 3);
         Bytes w[8];
         UNROLL
         for (int i = 0; i < 8; i++) w[i] = Format::codes(codes, i);
@@ -145,10 +145,8 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
 
 template <class Format, int N>
 inline void panel_in_blocks(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
-    const size_t bytes = (size_t)(m.columns / BLOCK + 1) / 2 * layout_of(Format::kind).pair_bytes;
-    const bool side_by_side = bytes == m.panel_bytes;  // else later positions' values follow, which nobody asks for yet
-    const uint8_t* end = side_by_side ? m.data + m.panels() * m.panel_bytes : panel + bytes;
-    quantized_panel<Format, N>(panel, end, m.columns / BLOCK, in.blocks + first, in.n, sums);
+    const auto times = m.streams && in.n <= COLUMNS ? quantized_panel<Format, N, true> : quantized_panel<Format, N, false>;
+    times(m, panel, in.blocks + first, in.n, sums);
     for (int v = 0; v < N; v++)
         if (const int n = in.counts[first + v]) add_rests<Format>(panel, in.rests + (size_t)(first + v) * in.room, n, sums + v);
 }

@@ -24,7 +24,15 @@ struct Matrix {
     int rows, columns;
     uint8_t* data;
     size_t panel_bytes;
+    ptrdiff_t ahead;     // what lies so many bytes further on, and before `end`, is fetched while it is multiplied
+    const uint8_t* end;
+    bool streams;        // no cache keeps it until it is read again: it shall not displace what one does keep
 
+    // Fetch another matrix while this one is multiplied.
+    void fetch(const Matrix& next) {
+        ahead = next.data - data;
+        end = next.data + next.panels() * next.panel_bytes;
+    }
     int panels() const { return (rows + PANEL - 1) / PANEL; }
     bool quantized() const { return kind == Q4_0 || kind == Q4_1 || kind == Q8_0; }
 };

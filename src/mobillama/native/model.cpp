@@ -39,6 +39,9 @@ namespace {
 
 constexpr int QUERIES = 8;  // heads and tokens whose attention is computed at once
 constexpr int CHUNK = 128;  // tokens taken in at once: their activations fit the second-level cache beside a panel
+constexpr int SPAN = 64;    // positions whose keys and values lie together: a pair of blocks of each column of values
+constexpr int AHEAD = 4096;                // bytes by which weights are fetched before they are multiplied
+constexpr size_t NEAR = (size_t)64 << 20;  // bytes of weights that caches may keep from one token to the next
 
 // The sets that this processor can run, best first.
 std::vector<const Kernels*> usable_kernels() {
@@ -147,9 +150,10 @@ public:
 
     // Return the matrix's number; -1: no memory, -2: it holds numbers that are infinite or none.
     int add_matrix(Kind kind, int rows, int columns, const uint8_t* file) {
-        Matrix m{kind, rows, columns, nullptr, panel_bytes(kind, columns)};
+        Matrix m{kind, rows, columns, nullptr, panel_bytes(kind, columns), AHEAD, nullptr, false};
         m.data = allocate_weights(m.panels() * m.panel_bytes);
         if (!m.data) return -1;
+        m.end = m.data + m.panels() * m.panel_bytes;
         std::atomic<bool> finite{true};
         pool.run([&](int t) {  // each thread the panels that it will multiply with, so that they lie near its core
             const Range mine = part(m.panels(), t);
@@ -172,12 +176,13 @@ public:
         const size_t blocks = (size_t)std::max({shape.width, shape.inner, queries}) / BLOCK + 1;
         qkv_width = queries + 2 * keys;
         const Kind kind = (Kind)shape.cache;
-        room = padded(shape.context, 2 * BLOCK);
+        room = padded(shape.context, SPAN);
         key_panel = panel_bytes(kind, shape.head_width);
-        value_panel = panel_bytes(kind, room);
-        values_at = room / PANEL * key_panel;
-        scales_at = values_at + padded(shape.head_width, PANEL) / PANEL * value_panel;
-        head_bytes = scales_at + (kind == Q8_0 ? room * sizeof(float) : 0);
+        value_panel = panel_bytes(kind, SPAN);
+        scales_at = SPAN / PANEL * key_panel;
+        values_at = scales_at + (kind == Q8_0 ? SPAN * sizeof(float) : 0);
+        head_bytes = values_at + padded(shape.head_width, PANEL) / PANEL * value_panel;
+        span_bytes = head_bytes * shape.key_heads * shape.layers;
         x = allocate_floats((size_t)CHUNK * shape.width);
         normed = allocate_floats((size_t)CHUNK * shape.width);
         qkv = allocate_floats((size_t)CHUNK * qkv_width);
@@ -189,11 +194,12 @@ public:
         inner = (Activations*)allocate(blocks * CHUNK * sizeof(Activations));
         rest_room = (int)blocks;
         rests = (Rest*)allocate(CHUNK * blocks * sizeof(Rest));
-        cache = (uint8_t*)allocate(cache_bytes());
+        cache = (uint8_t*)allocate_huge(cache_bytes());
         bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && rests && cache;
         for (int t = 0; t < pool.size(); t++) {
             own.push_back({});
             own[t].scores = allocate_floats((size_t)QUERIES * room);
+            own[t].factors = allocate_floats(room);
             own[t].pair = allocate_floats((size_t)2 * CHUNK * BLOCK);
             own[t].normed = allocate_floats(std::max(shape.width, queries));
             own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
@@ -201,17 +207,18 @@ public:
             const size_t most = (size_t)QUERIES * std::max(room, shape.head_width) / BLOCK;  // of queries or probabilities
             own[t].head_blocks = (Activations*)allocate(most * sizeof(Activations));
             own[t].rests = (Rest*)allocate(blocks * sizeof(Rest));
-            complete &= own[t].scores && own[t].pair && own[t].normed && own[t].blocks && own[t].heads;
+            complete &= own[t].scores && own[t].factors && own[t].pair && own[t].normed && own[t].blocks && own[t].heads;
             complete &= own[t].head_blocks && own[t].rests;
         }
         if (!complete) return false;
+        mark_streams();
         for (int i = 0; i < shape.head_width / 2; i++)
             frequencies.push_back((float)std::pow((double)shape.theta, -2.0 * i / shape.head_width));
         return true;
     }
 
     // Keys and values of all slots.
-    size_t cache_bytes() const { return head_bytes * shape.slots * shape.layers * shape.key_heads; }
+    size_t cache_bytes() const { return slot_bytes() * shape.slots; }
 
     // Take in at most CHUNK tokens, run after run; write the logits that are wanted, in the order of the tokens.
     void feed(const int32_t* ids, const Run* runs, int count, float* logits) {
@@ -230,18 +237,7 @@ public:
 
     // Give a slot the first `positions` tokens of another.
     void copy(int from, int to, int positions) {
-        const Kind kind = (Kind)shape.cache;
-        const size_t of_keys = padded(positions, PANEL) / PANEL * key_panel;
-        const size_t of_values = panel_bytes(kind, padded(positions, 2 * BLOCK));
-        for (int l = 0; l < shape.layers; l++)
-            for (int h = 0; h < shape.key_heads; h++) {
-                const uint8_t* source = head_at(from, l, h);
-                uint8_t* target = head_at(to, l, h);
-                memcpy(target, source, of_keys);
-                for (size_t panel = values_at; panel < scales_at; panel += value_panel)
-                    memcpy(target + panel, source + panel, of_values);
-                if (kind == Q8_0) memcpy(target + scales_at, source + scales_at, positions * sizeof(float));
-            }
+        memcpy(span_at(to, 0), span_at(from, 0), padded(positions, SPAN) / SPAN * span_bytes);
     }
 
     // Only products of n <= CHUNK tokens' forward pass, all that a token's weights can be read and multiplied in at best: for
@@ -273,13 +269,13 @@ private:
         int first, n;
     };
     struct Own {  // of a thread
-        float *scores, *pair, *normed, *heads;
+        float *scores, *factors, *pair, *normed, *heads;
         Activations *blocks, *head_blocks;
         Rest* rests;
         int count;
         float seen;  // by reading alone
     };
-    struct Cache {  // of a sequence's layer and head: a key is a row, a value is a column
+    struct Cache {  // a span of a sequence's layer and head: a key is a row, a value is a column
         Matrix keys, values;
         float* scales;  // of values, where they are codes
     };
@@ -289,17 +285,21 @@ private:
         if (p) regions.emplace_back(p, bytes);
         return p;
     }
-    // Weights lie side by side in huge pages: fewer addresses for the processor to translate. What is not written of the
-    // last region takes no memory.
+    // Huge pages: fewer addresses for the processor to translate.
+    void* allocate_huge(size_t bytes) {
+        void* p = allocate(bytes);
+#ifdef MADV_HUGEPAGE
+        if (p) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+        return p;
+    }
+    // Weights lie side by side. What is not written of the last region takes no memory.
     uint8_t* allocate_weights(size_t bytes) {
         bytes = (bytes + 63) / 64 * 64;
         if (bytes > free_bytes) {
             free_bytes = std::max(bytes, (size_t)256 << 20);
-            free_weights = (uint8_t*)allocate(free_bytes);
+            free_weights = (uint8_t*)allocate_huge(free_bytes);
             if (!free_weights) return nullptr;
-#ifdef MADV_HUGEPAGE
-            madvise(free_weights, free_bytes, MADV_HUGEPAGE);
-#endif
         }
         free_bytes -= bytes;
         return std::exchange(free_weights, free_weights + bytes);
@@ -308,6 +308,17 @@ private:
 
     Range part(int n, int t) const {
         return {(int)((int64_t)n * t / pool.size()), (int)((int64_t)n * (t + 1) / pool.size())};
+    }
+
+    // What one layer alone uses is read once a token, when much else has been read since.
+    void mark_streams() {
+        std::vector<int> uses(matrices.size());
+        uses[head]++;
+        for (const Layer& layer : layers)
+            for (int number : {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down}) uses[number]++;
+        size_t bytes = 0;
+        for (size_t i = 0; i < uses.size(); i++) bytes += uses[i] ? matrices[i].panels() * matrices[i].panel_bytes : 0;
+        for (size_t i = 0; i < uses.size(); i++) matrices[i].streams = uses[i] == 1 && bytes > NEAR;
     }
 
     void forward(int t, const int32_t* ids, float* logits) {
@@ -423,9 +434,9 @@ private:
                 turn(c, token + h * d, layer.query_norm, 1.0f / std::sqrt((float)d));
             float* key = token + queries + key_head * d;
             turn(c, key, layer.key_norm, 1);
-            const Cache its = cache_of(places[c].slot, l, key_head, position + 1);
-            const float scale = kernels.store(its.keys, its.values, key, key + keys, position);
-            if (its.scales) its.scales[position] = scale;
+            const Cache its = cache_of(places[c].slot, l, key_head, position / SPAN, position + 1);
+            const float scale = kernels.store(its.keys, its.values, key, key + keys, position % SPAN);
+            if (its.scales) its.scales[position % SPAN] = scale;
         }
     }
 
@@ -449,23 +460,38 @@ private:
             };
             float *its_queries = mine.heads, *sums = mine.heads + QUERIES * d;
             for (int j = 0; j < n; j++) memcpy(its_queries + j * d, row_of(j, qkv, qkv_width), d * sizeof(float));
-            const Cache its = cache_of(places[first / group].slot, l, key_head, positions);
-            const int seen = its.values.columns;
-            multiply_rows(its.keys, {its_queries, d, mine.head_blocks, n, nullptr, none}, mine.scores, seen);
+            const int slot = places[first / group].slot, spans = padded(positions, SPAN) / SPAN, seen = padded(positions, BLOCK);
+            const bool codes = shape.cache == Q8_0;
+            const Input with_keys = own_input(its_queries, d, d, mine.head_blocks, n);
+            for (int s = 0; s < spans; s++) {
+                Cache its = cache_of(slot, l, key_head, s, positions);
+                its.keys.fetch(s + 1 < spans ? cache_of(slot, l, key_head, s + 1, positions).keys
+                                             : cache_of(slot, l, key_head, 0, positions).values);
+                kernels.multiply(its.keys, 0, its.keys.panels(), with_keys, mine.scores + s * SPAN, seen, false);
+                if (codes) memcpy(mine.factors + s * SPAN, its.scales, SPAN * sizeof(float));
+            }
+            const float* factors = codes ? mine.factors : nullptr;
             for (int j = 0; j < n; j++)
-                kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, its.scales);
-            multiply_rows(its.values, {mine.scores, seen, mine.head_blocks, n, nullptr, none}, sums, d);
+                kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, factors);
+            Input with_values = own_input(mine.scores, seen, seen, mine.head_blocks, n);
+            for (int s = 0; s < spans; s++) {
+                Matrix values = cache_of(slot, l, key_head, s, positions).values;
+                values.fetch(s + 1 < spans ? cache_of(slot, l, key_head, s + 1, positions).values
+                                             : cache_of(slot, l, key_head + (key_head + 1 < shape.key_heads), 0, positions).keys);
+                kernels.multiply(values, 0, values.panels(), with_values, sums, d, s > 0);
+                with_values.floats += SPAN;
+                if (with_values.blocks) with_values.blocks += SPAN / BLOCK * n;
+            }
             for (int j = 0; j < n; j++) memcpy(row_of(j, mixed, queries), sums + j * d, d * sizeof(float));
         }
     }
 
-    // All of a thread's own product; where it takes blocks, they are made, without rests: queries and probabilities gain little.
-    void multiply_rows(const Matrix& m, Input in, float* out, int stride) {
-        if (takes_blocks(m))
-            for (int v = 0; v < in.n; v++) kernels.quantize(in.floats + (size_t)v * in.stride, m.columns, in.blocks + v, in.n);
-        else
-            in.blocks = nullptr;
-        kernels.multiply(m, 0, m.panels(), in, out, stride, false);
+    // What a thread multiplies its own head's keys or values with. Where they are codes, blocks are made, without rests: queries
+    // and probabilities gain little.
+    Input own_input(const float* floats, int width, int stride, Activations* blocks, int n) {
+        if (shape.exact || shape.cache != Q8_0) return {floats, stride, nullptr, n, nullptr, none};
+        for (int v = 0; v < n; v++) kernels.quantize(floats + (size_t)v * stride, width, blocks + v, n);
+        return {floats, stride, blocks, n, nullptr, none};
     }
 
     // The network's inner activations. As many panels of gate, then of up, are taken at a time as there is room for: of one
@@ -491,25 +517,27 @@ private:
         }
     }
 
-    // What the first `positions` of a sequence left at a layer's head.
-    Cache cache_of(int slot, int l, int h, int positions) const {
+    // What the first `positions` of a sequence left at a layer's head in a span.
+    Cache cache_of(int slot, int l, int h, int span, int positions) const {
         const Kind kind = (Kind)shape.cache;
-        uint8_t* start = head_at(slot, l, h);
-        return {{kind, padded(positions, PANEL), shape.head_width, start, key_panel},
-                {kind, shape.head_width, padded(positions, BLOCK), start + values_at, value_panel},
+        const int here = std::min(positions - span * SPAN, SPAN);
+        uint8_t* start = span_at(slot, span) + ((size_t)l * shape.key_heads + h) * head_bytes;
+        return {{kind, padded(here, PANEL), shape.head_width, start, key_panel, 0, nullptr, false},
+                {kind, shape.head_width, padded(here, BLOCK), start + values_at, value_panel, 0, nullptr, false},
                 kind == Q8_0 ? (float*)(start + scales_at) : nullptr};
     }
 
-    uint8_t* head_at(int slot, int l, int h) const {
-        return cache + (((size_t)slot * shape.layers + l) * shape.key_heads + h) * head_bytes;
-    }
+    // A span holds all layers, a layer all heads, in the order in which they are read: what a thread reads of a layer is one
+    // stretch for each span, and memory is taken as a sequence grows.
+    uint8_t* span_at(int slot, int span) const { return cache + slot * slot_bytes() + span * span_bytes; }
+    size_t slot_bytes() const { return room / SPAN * span_bytes; }
 
     const Shape shape;
     const Kernels& kernels;
     Pool pool;
     const int queries, keys, group;
     int qkv_width = 0, room = 0;
-    size_t key_panel = 0, value_panel = 0, values_at = 0, scales_at = 0, head_bytes = 0;
+    size_t key_panel = 0, value_panel = 0, values_at = 0, scales_at = 0, head_bytes = 0, span_bytes = 0;
     std::vector<Matrix> matrices;
     uint8_t* free_weights = nullptr;
     size_t free_bytes = 0;

@@ -65,11 +65,12 @@ public:
     }
 
 private:
-    static constexpr int SPINS = 4000;  // some 100 microseconds: longer than drawing a token takes as a rule
+    static constexpr int SPINS = 4000;  // some 100 microseconds
+    static constexpr int IDLE_SPINS = 5 * SPINS;  // longer than drawing and printing a token takes: waking up takes long
 
     void serve(int thread) {
         for (unsigned seen = 0;;) {
-            for (int spins = 0; spins < SPINS && round_.load(std::memory_order_acquire) == seen; spins++) relax();
+            for (int spins = 0; spins < IDLE_SPINS && round_.load(std::memory_order_acquire) == seen; spins++) relax();
             if (round_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });

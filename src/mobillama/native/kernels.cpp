@@ -41,6 +41,11 @@ inline V first_of(V a, int n) {
     store(all, a);
     return load_part(all, n);
 }
+inline float first_number(V a) {
+    float all[16];
+    store(all, a);
+    return all[0];
+}
 inline void store_part(float* p, V a, int n) {
     float part[16];
     store(part, a);
@@ -71,13 +76,16 @@ struct Q8 {
 template <class Format, int N, bool streams>
 inline void quantized_panel(const Matrix& m, const uint8_t* panel, const Activations* x, int stride, V* sums) {
     constexpr Layout layout = layout_of(Format::kind);
+    const int groups = m.columns / BLOCK;
+    const ptrdiff_t distance = m.ahead;
+    const uint8_t* end = m.end;
     V acc[N];
     for (int v = 0; v < N; v++) acc[v] = set(0);
-    for (int g = 0; g < m.columns / BLOCK; g++) {
+    for (int g = 0; g < groups; g++) {
         const uint8_t* pair = panel + (size_t)(g / 2) * layout.pair_bytes;
         const uint8_t* codes = pair + layout.codes + g % 2 * layout.block_bytes;
         const V scale = load_half(pair + g % 2 * 32);
-        const uint8_t* ahead = codes + m.ahead < m.end ? codes + m.ahead : codes;
+        const uint8_t* ahead = codes + distance < end ? codes + distance : codes;
         for (int line = 0; line < layout.block_bytes; line += 64) __builtin_prefetch(ahead + line, 0, streams ? 0 : 3);
         Bytes w[8];
         UNROLL
@@ -145,8 +153,10 @@ void exact_panel(const uint8_t* panel, int columns, const float* x, int stride, 
 
 template <class Format, int N>
 inline void panel_in_blocks(const Matrix& m, const uint8_t* panel, const Input& in, int first, V* sums) {
-    const auto times = m.streams && in.n <= COLUMNS ? quantized_panel<Format, N, true> : quantized_panel<Format, N, false>;
-    times(m, panel, in.blocks + first, in.n, sums);
+    if (m.streams && in.n <= COLUMNS)  // else it is read again at once
+        quantized_panel<Format, N, true>(m, panel, in.blocks + first, in.n, sums);
+    else
+        quantized_panel<Format, N, false>(m, panel, in.blocks + first, in.n, sums);
     for (int v = 0; v < N; v++)
         if (const int n = in.counts[first + v]) add_rests<Format>(panel, in.rests + (size_t)(first + v) * in.room, n, sums + v);
 }
@@ -333,24 +343,26 @@ float store_position(const Matrix& keys, const Matrix& values, const float* key,
     return 1;
 }
 
-void softmax(float* scores, int limit, int room, const float* factors) {
-    for (int s = limit; s < padded(limit, 16); s++) scores[s] = -__builtin_inff();
-    V most = load(scores);
-    for (int s = 16; s < limit; s += 16) most = larger(most, load(scores + s));
-    const V least = set(-largest(most));
-    V total = set(0);
-    for (int s = 0; s < limit; s += 16) {
-        V p = exponential(add(load(scores + s), least));
-        if (limit - s < 16) p = first_of(p, limit - s);
-        store(scores + s, p);
-        total = add(total, p);
-    }
-    const V inverse = set(1.0f / sum(total));
-    for (int s = 0; s < limit; s += 16) {
-        const V p = mul(load(scores + s), inverse);
-        store(scores + s, factors ? mul(p, limit - s < 16 ? load_part(factors + s, limit - s) : load(factors + s)) : p);
+float weigh(float* scores, int limit, int room, const float* factors, float* most, float* total) {
+    float former = 1;
+    if (limit > 0) {
+        for (int s = limit; s < padded(limit, 16); s++) scores[s] = -__builtin_inff();
+        V largest_here = load(scores);
+        for (int s = 16; s < limit; s += 16) largest_here = larger(largest_here, load(scores + s));
+        const float now = largest(larger(largest_here, set(*most)));
+        former = first_number(exponential(set(*most - now)));
+        V sum_here = set(0);
+        for (int s = 0; s < limit; s += 16) {
+            V p = exponential(add(load(scores + s), set(-now)));
+            if (limit - s < 16) p = first_of(p, limit - s);
+            sum_here = add(sum_here, p);
+            store(scores + s, factors ? mul(p, load(factors + s)) : p);
+        }
+        *most = now;
+        *total = *total * former + sum(sum_here);
     }
     for (int s = padded(limit, 16); s < room; s++) scores[s] = 0;
+    return former;
 }
 
 void row_of(const Matrix& m, int row, float* out) {
@@ -400,4 +412,4 @@ float read_lines(const uint8_t* lines, size_t bytes) {
 #define TABLE(name) TABLE_OF(name)
 extern const Kernels TABLE(KERNELS);
 const Kernels TABLE(KERNELS) = {NAME(KERNELS), multiply, normalise, quantize, refine, gate,
-                                rotate, store_position, softmax, row_of, read_lines};
+                                rotate, store_position, weigh, row_of, read_lines};

@@ -28,11 +28,6 @@ struct Matrix {
     const uint8_t* end;
     bool streams;        // no cache keeps it until it is read again: it shall not displace what one does keep
 
-    // Fetch another matrix while this one is multiplied.
-    void fetch(const Matrix& next) {
-        ahead = next.data - data;
-        end = next.data + next.panels() * next.panel_bytes;
-    }
     int panels() const { return (rows + PANEL - 1) / PANEL; }
     bool quantized() const { return kind == Q4_0 || kind == Q4_1 || kind == Q8_0; }
 };
@@ -82,8 +77,10 @@ struct Kernels {
     // Put a key into row `position` of a matrix, F16 or Q8_0, and a value into that column of another. The value's scale is
     // returned, which the column's codes lack.
     float (*store)(const Matrix& keys, const Matrix& values, const float* key, const float* value, int position);
-    // Make the first `limit` scores probabilities, times `factors` if there are any, and zero those that follow up to `room`.
-    void (*softmax)(float* scores, int limit, int room, const float* factors);
+    // Make the first `limit` scores e^(score - most), times `factors` if there are any, and zero those that follow up to `room`.
+    // `most` is the largest score so far, `total` the sum of all so far without their factors; both are brought up to date.
+    // What was made with the former `most` is to be multiplied with the result.
+    float (*weigh)(float* scores, int limit, int room, const float* factors, float* most, float* total);
     void (*row)(const Matrix&, int row, float* out);
     // Load whole lines of 64 bytes and keep their maximum: the bound of whatever streams.
     float (*read)(const uint8_t* lines, size_t bytes);

@@ -38,8 +38,9 @@ extern const Kernels kernels_portable;
 namespace {
 
 constexpr int QUERIES = 8;  // heads and tokens whose attention is computed at once
+constexpr int TASKS = 32;   // of such tiles that a thread goes through a span with
 constexpr int CHUNK = 128;  // tokens taken in at once: their activations fit the second-level cache beside a panel
-constexpr int SPAN = 64;    // positions whose keys and values lie together: a pair of blocks of each column of values
+constexpr int SPAN = 128;   // positions whose keys and values lie together: pairs of blocks of each column of values
 constexpr int AHEAD = 4096;                // bytes by which weights are fetched before they are multiplied
 constexpr size_t NEAR = (size_t)64 << 20;  // bytes of weights that caches may keep from one token to the next
 
@@ -198,17 +199,20 @@ public:
         bool complete = x && normed && qkv && mixed && gated && cosine && sine && shared && inner && rests && cache;
         for (int t = 0; t < pool.size(); t++) {
             own.push_back({});
-            own[t].scores = allocate_floats((size_t)QUERIES * room);
-            own[t].factors = allocate_floats(room);
             own[t].pair = allocate_floats((size_t)2 * CHUNK * BLOCK);
             own[t].normed = allocate_floats(std::max(shape.width, queries));
-            own[t].blocks = (Activations*)allocate(blocks * sizeof(Activations));
-            own[t].heads = allocate_floats((size_t)2 * QUERIES * padded(shape.head_width, PANEL));
-            const size_t most = (size_t)QUERIES * std::max(room, shape.head_width) / BLOCK;  // of queries or probabilities
-            own[t].head_blocks = (Activations*)allocate(most * sizeof(Activations));
+            own[t].blocks = (Activations*)allocate(std::max(blocks, (size_t)QUERIES * SPAN / BLOCK) * sizeof(Activations));
+            const size_t rows = TASKS * QUERIES;
+            own[t].queries = allocate_floats(rows * shape.head_width);
+            own[t].scores = allocate_floats(QUERIES * SPAN);
+            own[t].products = allocate_floats(QUERIES * shape.head_width);
+            own[t].sums = allocate_floats(rows * shape.head_width);
+            own[t].most = allocate_floats(rows);
+            own[t].total = allocate_floats(rows);
+            own[t].query_blocks = (Activations*)allocate((rows * shape.head_width / BLOCK + 1) * sizeof(Activations));
             own[t].rests = (Rest*)allocate(blocks * sizeof(Rest));
-            complete &= own[t].scores && own[t].factors && own[t].pair && own[t].normed && own[t].blocks && own[t].heads;
-            complete &= own[t].head_blocks && own[t].rests;
+            complete &= own[t].pair && own[t].normed && own[t].blocks && own[t].rests && own[t].queries && own[t].scores;
+            complete &= own[t].products && own[t].sums && own[t].most && own[t].total && own[t].query_blocks;
         }
         if (!complete) return false;
         mark_streams();
@@ -268,9 +272,16 @@ private:
     struct Tile {  // queries of one sequence that look at the same keys; row r is head r % group of the group, token r / group
         int first, n;
     };
+    struct Task {  // a tile at a head of keys; its first row among its thread's
+        Tile tile;
+        int key_head, slot, positions;
+        Input queries;
+        int row;
+    };
     struct Own {  // of a thread
-        float *scores, *factors, *pair, *normed, *heads;
-        Activations *blocks, *head_blocks;
+        float *pair, *normed;
+        float *queries, *scores, *products, *sums, *most, *total;  // of attention
+        Activations *blocks, *query_blocks;
         Rest* rests;
         int count;
         float seen;  // by reading alone
@@ -434,7 +445,7 @@ private:
                 turn(c, token + h * d, layer.query_norm, 1.0f / std::sqrt((float)d));
             float* key = token + queries + key_head * d;
             turn(c, key, layer.key_norm, 1);
-            const Cache its = cache_of(places[c].slot, l, key_head, position / SPAN, position + 1);
+            const Cache its = cache_of(places[c].slot, l, key_head, position / SPAN * SPAN, position + 1);
             const float scale = kernels.store(its.keys, its.values, key, key + keys, position % SPAN);
             if (its.scales) its.scales[position % SPAN] = scale;
         }
@@ -447,51 +458,77 @@ private:
         kernels.rotate(head, cosine + (size_t)c * d / 2, sine + (size_t)c * d / 2, d, scale);
     }
 
-    // Two products, with all keys and with all values, and what makes probabilities of the first one's sums.
+    // A thread takes its tasks, some at a time, through one span of positions after the other, and so reads keys and values in
+    // the order in which they lie.
     void attend(int t, int l) {
+        const Range its = part(shape.key_heads * (int)tiles.size(), t);
+        for (int first = its.first; first < its.last; first += TASKS) attend(t, l, first, std::min(first + TASKS, its.last));
+    }
+
+    void attend(int t, int l, int first, int last) {
         const int d = shape.head_width;
         const Own& mine = own[t];
-        const Range its_tasks = part(shape.key_heads * (int)tiles.size(), t);
-        for (int task = its_tasks.first; task < its_tasks.last; task++) {
-            const int key_head = task / (int)tiles.size(), first = tiles[task % tiles.size()].first;
-            const int n = tiles[task % tiles.size()].n, positions = places[(first + n - 1) / group].position + 1;
-            const auto row_of = [&](int j, float* base, int stride) {
-                return base + (size_t)((first + j) / group) * stride + (key_head * group + (first + j) % group) * d;
-            };
-            float *its_queries = mine.heads, *sums = mine.heads + QUERIES * d;
-            for (int j = 0; j < n; j++) memcpy(its_queries + j * d, row_of(j, qkv, qkv_width), d * sizeof(float));
-            const int slot = places[first / group].slot, spans = padded(positions, SPAN) / SPAN, seen = padded(positions, BLOCK);
-            const bool codes = shape.cache == Q8_0;
-            const Input with_keys = own_input(its_queries, d, d, mine.head_blocks, n);
-            for (int s = 0; s < spans; s++) {
-                Cache its = cache_of(slot, l, key_head, s, positions);
-                its.keys.fetch(s + 1 < spans ? cache_of(slot, l, key_head, s + 1, positions).keys
-                                             : cache_of(slot, l, key_head, 0, positions).values);
-                kernels.multiply(its.keys, 0, its.keys.panels(), with_keys, mine.scores + s * SPAN, seen, false);
-                if (codes) memcpy(mine.factors + s * SPAN, its.scales, SPAN * sizeof(float));
+        Task tasks[TASKS];
+        int longest = 0;
+        for (int i = 0; i < last - first; i++) {
+            const Tile& tile = tiles[(first + i) % tiles.size()];
+            const Place& end = places[(tile.first + tile.n - 1) / group];
+            Task& task = tasks[i] = {tile, (first + i) / (int)tiles.size(), end.slot, end.position + 1, {}, i * QUERIES};
+            longest = std::max(longest, task.positions);
+            float* its_queries = mine.queries + task.row * d;
+            for (int j = 0; j < tile.n; j++) {
+                memcpy(its_queries + j * d, row_of(task, j, qkv, qkv_width), d * sizeof(float));
+                mine.most[task.row + j] = -INFINITY;
+                mine.total[task.row + j] = 0;
             }
-            const float* factors = codes ? mine.factors : nullptr;
-            for (int j = 0; j < n; j++)
-                kernels.softmax(mine.scores + (size_t)j * seen, places[(first + j) / group].position + 1, seen, factors);
-            Input with_values = own_input(mine.scores, seen, seen, mine.head_blocks, n);
-            for (int s = 0; s < spans; s++) {
-                Matrix values = cache_of(slot, l, key_head, s, positions).values;
-                values.fetch(s + 1 < spans ? cache_of(slot, l, key_head, s + 1, positions).values
-                                             : cache_of(slot, l, key_head + (key_head + 1 < shape.key_heads), 0, positions).keys);
-                kernels.multiply(values, 0, values.panels(), with_values, sums, d, s > 0);
-                with_values.floats += SPAN;
-                if (with_values.blocks) with_values.blocks += SPAN / BLOCK * n;
+            memset(mine.sums + task.row * d, 0, tile.n * d * sizeof(float));
+            task.queries = own_input(its_queries, d, mine.query_blocks + task.row * (d / BLOCK), tile.n);
+        }
+        for (int start = 0; start < longest; start += SPAN)
+            for (const Task* task = tasks; task < tasks + last - first; task++)
+                if (start < task->positions) look(t, l, *task, start);
+        for (const Task* task = tasks; task < tasks + last - first; task++)
+            for (int j = 0; j < task->tile.n; j++) {
+                float* out = row_of(*task, j, mixed, queries);
+                const float* sums = mine.sums + (task->row + j) * d;
+                const float inverse = 1.0f / mine.total[task->row + j];
+                for (int i = 0; i < d; i++) out[i] = sums[i] * inverse;
             }
-            for (int j = 0; j < n; j++) memcpy(row_of(j, mixed, queries), sums + j * d, d * sizeof(float));
+    }
+
+    // Two products, with a span's keys and with its values, and what makes weights of the first one's sums.
+    void look(int t, int l, const Task& task, int start) {
+        const int d = shape.head_width, n = task.tile.n;
+        const Own& mine = own[t];
+        const Cache its = cache_of(task.slot, l, task.key_head, start, task.positions);
+        const int room = its.values.columns;
+        float former[QUERIES];
+        kernels.multiply(its.keys, 0, its.keys.panels(), task.queries, mine.scores, room, false);
+        for (int j = 0; j < n; j++) {
+            const int limit = std::clamp(places[(task.tile.first + j) / group].position + 1 - start, 0, SPAN);
+            const int row = task.row + j;
+            former[j] = kernels.weigh(mine.scores + j * room, limit, room, its.scales, mine.most + row, mine.total + row);
+        }
+        const Input weights = own_input(mine.scores, room, mine.blocks, n);
+        kernels.multiply(its.values, 0, its.values.panels(), weights, mine.products, d, false);
+        for (int j = 0; j < n; j++) {
+            float *sums = mine.sums + (task.row + j) * d, *products = mine.products + j * d;
+            for (int i = 0; i < d; i++) sums[i] = sums[i] * former[j] + products[i];
         }
     }
 
-    // What a thread multiplies its own head's keys or values with. Where they are codes, blocks are made, without rests: queries
-    // and probabilities gain little.
-    Input own_input(const float* floats, int width, int stride, Activations* blocks, int n) {
-        if (shape.exact || shape.cache != Q8_0) return {floats, stride, nullptr, n, nullptr, none};
-        for (int v = 0; v < n; v++) kernels.quantize(floats + (size_t)v * stride, width, blocks + v, n);
-        return {floats, stride, blocks, n, nullptr, none};
+    // What stands for a task's query j in the rows of all tokens.
+    float* row_of(const Task& task, int j, float* base, int stride) const {
+        const int row = task.tile.first + j;
+        return base + (size_t)(row / group) * stride + (task.key_head * group + row % group) * shape.head_width;
+    }
+
+    // n vectors side by side, to be multiplied with a thread's own head's keys or values. Where those are codes, blocks are made,
+    // without rests: queries and weights gain little.
+    Input own_input(const float* floats, int width, Activations* blocks, int n) {
+        if (shape.exact || shape.cache != Q8_0) return {floats, width, nullptr, n, nullptr, none};
+        for (int v = 0; v < n; v++) kernels.quantize(floats + v * width, width, blocks + v, n);
+        return {floats, width, blocks, n, nullptr, none};
     }
 
     // The network's inner activations. As many panels of gate, then of up, are taken at a time as there is room for: of one
@@ -517,18 +554,20 @@ private:
         }
     }
 
-    // What the first `positions` of a sequence left at a layer's head in a span.
-    Cache cache_of(int slot, int l, int h, int span, int positions) const {
+    // What the first `positions` of a sequence left at a layer's head in the span from `start` on.
+    Cache cache_of(int slot, int l, int h, int start, int positions) const {
         const Kind kind = (Kind)shape.cache;
-        const int here = std::min(positions - span * SPAN, SPAN);
-        uint8_t* start = span_at(slot, span) + ((size_t)l * shape.key_heads + h) * head_bytes;
-        return {{kind, padded(here, PANEL), shape.head_width, start, key_panel, 0, nullptr, false},
-                {kind, shape.head_width, padded(here, BLOCK), start + values_at, value_panel, 0, nullptr, false},
-                kind == Q8_0 ? (float*)(start + scales_at) : nullptr};
+        const int here = std::min(positions - start, SPAN);
+        uint8_t* layer = span_at(slot, start / SPAN) + (size_t)l * shape.key_heads * head_bytes;
+        uint8_t *head = layer + h * head_bytes, *end = layer + shape.key_heads * head_bytes;
+        const ptrdiff_t ahead = head_bytes;  // the same of the next head
+        return {{kind, padded(here, PANEL), shape.head_width, head, key_panel, ahead, end, false},
+                {kind, shape.head_width, padded(here, BLOCK), head + values_at, value_panel, ahead, end, false},
+                kind == Q8_0 ? (float*)(head + scales_at) : nullptr};
     }
 
     // A span holds all layers, a layer all heads, in the order in which they are read: what a thread reads of a layer is one
-    // stretch for each span, and memory is taken as a sequence grows.
+    // stretch a span, and memory is taken as a sequence grows.
     uint8_t* span_at(int slot, int span) const { return cache + slot * slot_bytes() + span * span_bytes; }
     size_t slot_bytes() const { return room / SPAN * span_bytes; }
 

@@ -818,6 +818,27 @@ def native_kernels() -> str:
     )
 
 
+def native_change() -> str:
+    """Return what the native engine's last change gained."""
+    result = load("native_change")
+    lines = ["| work | tokens/s before | now | ratio | of each launch |", "|---|---:|---:|---:|---|"]
+    for kind, row in result["work"].items():
+        speeds = row["per_second"]
+        launches = " ".join(f"{ratio:.2f}" for ratio in row["ratio_of_launches"])
+        lines.append(f"| {kind} | {speeds['earlier']:.1f} | {speeds['now']:.1f} | {row['ratio']:.2f} | {launches} |")
+    remark = f"; {result['remark']}" if result["remark"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['model']}, {result['threads']} threads, medians of {result['rounds']} rounds in each of "
+            f"{len(row['ratio_of_launches'])} launches of both engines{remark}. "
+            f"`python benchmarks/native_change.py {result['model']} --beside {result['beside'][:12]}`; "
+            f"{_measured(result['environment'])}.",
+        ]
+    )
+
+
 def native_parity() -> str:
     """Return how the native engine compares with llama.cpp and torch on real text."""
     lines = [
@@ -946,6 +967,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "exports": (ROOT / "docs" / "on-device.md", exports),
     "fuzz": (ROOT / "docs" / "on-device.md", fuzz),
     "native-kernels": (ROOT / "docs" / "on-device.md", native_kernels),
+    "native-change": (ROOT / "docs" / "on-device.md", native_change),
     "native-lookup": (ROOT / "docs" / "on-device.md", native_lookup),
     "native-parity": (ROOT / "docs" / "on-device.md", native_parity),
     "inference": (ROOT / "docs" / "on-device.md", inference),

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mobillama.record.environment import environment
+from mobillama.record.environment import available_cores, environment
 from mobillama.record.files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,10 @@ def asked(process: subprocess.Popen[str]) -> dict[str, float]:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("\n")
     process.stdin.flush()
-    found: dict[str, float] = json.loads(process.stdout.readline())
+    answer = process.stdout.readline()
+    if not answer:
+        sys.exit(f"an engine ended with exit code {process.wait()}; its message stands above")
+    found: dict[str, float] = json.loads(answer)
     return found
 
 
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("--beside", help="the earlier commit")
     parser.add_argument("--launches", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--remark", default="", help="what readers must know, e.g. 'random weights'")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)

@@ -811,7 +811,8 @@ def native_kernels() -> str:
             "",
             f"Medians of {result['rounds']} rounds, tokens/s where nothing else is said; {result['kernels']}, {result['threads']} "
             f"threads{remark}. Memory is what the process takes more than before it opened the model, mapped pages among it. "
-            "Reading alone: the same threads load the same weights in the same order and do nothing else. Products alone: no thread "
+            "Reading alone: the same threads load the same weights in the same order and do nothing else, without the hint that weights "
+            "will not be used again. Products alone: no thread "
             "ever waits for another; in step: it waits where a product needs all of the last one's result, as in decoding. "
             f"`python benchmarks/kernels.py`; {_measured(result['environment'])}.",
         ]
@@ -832,7 +833,8 @@ def native_change() -> str:
             *lines,
             "",
             f"{result['model']}, {result['threads']} threads, medians of {result['rounds']} rounds in each of "
-            f"{len(row['ratio_of_launches'])} launches of both engines{remark}. "
+            f"{len(row['ratio_of_launches'])} launches of both engines{remark}. The ratio is "
+            "the median of the launches' medians of neighbouring rounds, not that of the two speeds. "
             f"`python benchmarks/native_change.py {result['model']} --beside {result['beside'][:12]}`; "
             f"{_measured(result['environment'])}.",
         ]

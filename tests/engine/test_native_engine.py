@@ -19,7 +19,7 @@ from mobillama.engine.gguf import Tensor
 from mobillama.engine.gguf_model import GGUFModel, read_model, stored_names, write_model
 from mobillama.engine.load import load_batch_engine, load_engine
 from mobillama.engine.torch_gguf import decode_weights
-from mobillama.engine.weights import weight_shape
+from mobillama.engine.weights import EMBEDDING, weight_shape
 from mobillama.errors import CorruptDataError, UsageError
 from mobillama.model.transformer import MobiLlama
 from mobillama.native.build import CannotBuild, library_name
@@ -170,6 +170,19 @@ def test_a_copied_beginning_has_the_bits_of_one_that_was_read(kind, head):
             assert engine.length(2) == kept
             assert np.array_equal(engine.feed_each([(2, IDS[kept:])]), alone[kept:]), (name, length)
         assert np.array_equal(engine.feed([(0, IDS[100:])])[0], alone[-1])
+
+
+def test_long_sequences_are_torchs_and_keep_their_bits_in_pieces_and_copies():
+    model = model_of("q4_0", num_key_value_heads=2, head_dim=32, max_position_embeddings=450)
+    ids = np.random.default_rng(2).integers(0, 333, 400).tolist()
+    alone = NativeEngine(model, 1).feed_each(ids)
+    assert distance(alone, torch_logits(model, ids)) < 2e-2
+    engine = NativeBatchEngine(model, 2, 2)
+    found = [engine.feed_each([(0, ids[start : start + 61])]) for start in range(0, 400, 61)]
+    assert np.array_equal(np.concatenate(found), alone)
+    for length in (127, 128, 129, 257):  # beside the borders of what lies together
+        engine.copy(0, 1, length)
+        assert np.array_equal(engine.feed_each([(1, ids[length : length + 20])]), alone[length : length + 20])
 
 
 def test_work_that_cannot_be_taken_in_is_refused_and_changes_nothing():
@@ -438,3 +451,28 @@ def test_numbers_that_overflow_end_nothing(kind):
     for name in kernels():
         engine = NativeBatchEngine(broken, 2, 1, name)
         assert not np.isfinite(engine.feed([(0, IDS[:40]), (1, IDS[:3])])).all()
+
+
+def test_what_overflowed_is_forgotten_with_its_tokens():
+    model = model_of("q4_0", head_dim=32)
+    embedding = np.random.default_rng(4).normal(0, 0.04, model.tensors[EMBEDDING].shape).astype(np.float32)
+    embedding[:, 5] = np.arange(333) == 7  # the one token that the norm's huge weight is multiplied with
+    norm = np.ones((1, 160), np.float32)
+    norm[0, 5] = 3e38
+    changes = {EMBEDDING: embedding, "model.layers.0.input_layernorm.weight": norm}
+    tensors = {
+        name: Tensor(name, model.tensors[name].shape, TYPES["f32"], encode(its, TYPES["f32"]))
+        for name, its in changes.items()
+    }
+    model = dataclasses.replace(model, tensors=model.tensors | tensors)
+    ids = [number for number in IDS if number != 7][:60]
+    for name in kernels():
+        expected = NativeEngine(model, 1, name).feed_each(ids)
+        assert np.isfinite(expected).all()
+        engine = NativeBatchEngine(model, 2, 1, name)
+        assert not np.isfinite(engine.feed_each([(0, [*ids[:33], 7, *ids[33:50]])])[33:]).all()
+        engine.copy(0, 1, 33)
+        engine.truncate(0, 33)
+        for slot in range(2):
+            found = np.concatenate([engine.feed_each([(slot, [number])]) for number in ids[33:]])
+            assert np.array_equal(found, expected[33:])

@@ -227,7 +227,8 @@ def candidates(path: Path, needle: str) -> Iterator[tuple[int, int]]:
 
     done = 0
     try:
-        # tantivy locks a directory to read it, not that of the data, and may do so once more while it is removed
+        # tantivy locks a directory to read it, not that of the data, and may do so once more
+        # while it is removed: a directory with an empty file is left then
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as links:
             for file in path.iterdir():
                 if file.suffix != ".lock":

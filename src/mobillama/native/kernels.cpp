@@ -356,7 +356,9 @@ float weigh(float* scores, int limit, int room, const float* factors, float* mos
             V p = exponential(add(load(scores + s), set(-now)));
             if (limit - s < 16) p = first_of(p, limit - s);
             sum_here = add(sum_here, p);
-            store(scores + s, factors ? mul(p, load(factors + s)) : p);
+            // Of positions that follow the factor may be infinite: what stood there before is nobody's business.
+            const V factor = !factors ? set(1) : limit - s < 16 ? load_part(factors + s, limit - s) : load(factors + s);
+            store(scores + s, mul(p, factor));
         }
         *most = now;
         *total = *total * former + sum(sum_here);

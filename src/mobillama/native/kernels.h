@@ -24,7 +24,7 @@ struct Matrix {
     int rows, columns;
     uint8_t* data;
     size_t panel_bytes;
-    ptrdiff_t ahead;     // what lies so many bytes further on, and before `end`, is fetched while it is multiplied
+    ptrdiff_t ahead;     // what lies so many bytes further on, and before `end`, is fetched while codes are multiplied
     const uint8_t* end;
     bool streams;        // no cache keeps it until it is read again: it shall not displace what one does keep
 

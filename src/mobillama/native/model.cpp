@@ -321,7 +321,7 @@ private:
         return {(int)((int64_t)n * t / pool.size()), (int)((int64_t)n * (t + 1) / pool.size())};
     }
 
-    // What one layer alone uses is read once a token, when much else has been read since.
+    // What is used in one place alone is read once a token, when much else has been read since.
     void mark_streams() {
         std::vector<int> uses(matrices.size());
         uses[head]++;
@@ -458,8 +458,8 @@ private:
         kernels.rotate(head, cosine + (size_t)c * d / 2, sine + (size_t)c * d / 2, d, scale);
     }
 
-    // A thread takes its tasks, some at a time, through one span of positions after the other, and so reads keys and values in
-    // the order in which they lie.
+    // A thread takes its tasks, some at a time, through one span of positions after the other, and so reads a sequence's keys and
+    // values in the order in which they lie.
     void attend(int t, int l) {
         const Range its = part(shape.key_heads * (int)tiles.size(), t);
         for (int first = its.first; first < its.last; first += TASKS) attend(t, l, first, std::min(first + TASKS, its.last));
@@ -566,8 +566,8 @@ private:
                 kind == Q8_0 ? (float*)(head + scales_at) : nullptr};
     }
 
-    // A span holds all layers, a layer all heads, in the order in which they are read: what a thread reads of a layer is one
-    // stretch a span, and memory is taken as a sequence grows.
+    // A span holds all layers, a layer all heads, in the order in which they are read: what a thread reads of a sequence's layer is
+    // one stretch a span, and memory is taken as the sequence grows.
     uint8_t* span_at(int slot, int span) const { return cache + slot * slot_bytes() + span * span_bytes; }
     size_t slot_bytes() const { return room / SPAN * span_bytes; }
 

@@ -57,20 +57,24 @@ public:
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-            if (spins < SPINS)
-                relax();
-            else
-                std::this_thread::yield();  // another program has the core that the others need
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) pause(spins);
     }
 
 private:
     static constexpr int SPINS = 4000;  // some 100 microseconds
-    static constexpr int IDLE_SPINS = 5 * SPINS;  // longer than drawing and printing a token takes: waking up takes long
+    static constexpr int IDLE_SPINS = 5 * SPINS;  // longer than drawing a token takes as a rule: waking up takes long
+
+    static void pause(int spins) {
+        if (spins < SPINS)
+            relax();
+        else
+            std::this_thread::yield();  // another program, or Python, has the core that the others need
+    }
 
     void serve(int thread) {
         for (unsigned seen = 0;;) {
-            for (int spins = 0; spins < IDLE_SPINS && round_.load(std::memory_order_acquire) == seen; spins++) relax();
+            for (int spins = 0; spins < IDLE_SPINS && round_.load(std::memory_order_acquire) == seen; spins++)
+                pause(spins);
             if (round_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });

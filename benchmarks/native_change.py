@@ -122,6 +122,10 @@ def main() -> None:
     if not args.beside:
         parser.error("--beside: name the commit that this working tree is compared with")
 
+    found = subprocess.run(["git", "rev-parse", f"{args.beside}^{{commit}}"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        parser.error(f"--beside: git knows no commit '{args.beside}'; `git log` lists them")
+
     with tempfile.TemporaryDirectory() as earlier:
         archive = subprocess.run(["git", "archive", args.beside, "src"], cwd=ROOT, check=True, capture_output=True)
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
@@ -140,12 +144,9 @@ def main() -> None:
         }
         rows[kind] = {"per_second": speeds, "ratio": statistics.median(ratios), "ratio_of_launches": ratios}
         print(f"{kind}: {speeds['earlier']:.1f} -> {speeds['now']:.1f} tokens/s, {rows[kind]['ratio']:.3f}x", ratios)
-    commit = subprocess.run(
-        ["git", "rev-parse", args.beside], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
     facts = {
         "model": args.model.name,
-        "beside": commit,
+        "beside": found.stdout.strip(),
         "threads": args.threads,
         "rounds": args.rounds,
         "remark": args.remark,

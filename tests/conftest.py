@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,9 @@ from mobillama.data.tokenizer_training import train_tokenizer
 from mobillama.directory import save_model
 from mobillama.model.transformer import MobiLlama, initialise
 from mobillama.recipe import ModelConfig, PrepareRecipe, SourceConfig
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLE = Path(__file__).parents[1] / "src" / "mobillama" / "data" / "sample"
 SOURCES = ("books", "encyclopedia", "code")

@@ -399,7 +399,7 @@ float read_lines(const uint8_t* lines, size_t bytes) {
     for (size_t i = 0; i + 256 <= bytes; i += 256) {
         UNROLL
         for (int j = 0; j < 4; j++) {
-            prefetch(lines + i + 64 * j + 4096);
+            __builtin_prefetch(lines + i + 64 * j + 4096);
             most[j] = larger(most[j], load((const float*)(lines + i + 64 * j)));
         }
     }

@@ -61,8 +61,8 @@ public:
     }
 
 private:
-    static constexpr int SPINS = 4000;  // some 100 microseconds
-    static constexpr int IDLE_SPINS = 5 * SPINS;  // longer than drawing a token takes as a rule: waking up takes long
+    static constexpr int SPINS = 4000;               // some 100 microseconds
+    static constexpr int IDLE_SPINS = SPINS + 1000;  // some 600: longer than drawing a token takes, and waking up takes long
 
     static void pause(int spins) {
         if (spins < SPINS)

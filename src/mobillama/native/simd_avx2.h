@@ -101,5 +101,4 @@ inline I dot_signed(I acc, Bytes w, const int8_t* x) {  // |w| * (x with the sig
     return {dot(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(four, w.a)),
             dot(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(four, w.b))};
 }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 }  // namespace

@@ -51,5 +51,4 @@ inline I dot(I acc, Bytes w, const int8_t* x) {
 inline I start_signed(int minus_eight_sums) { return _mm512_slli_epi32(seti(minus_eight_sums), 4); }
 inline Bytes make_signed(Bytes w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 inline I dot_signed(I acc, Bytes w, const int8_t* x) { return dot(acc, w, x); }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 }  // namespace

@@ -130,5 +130,4 @@ inline I dot(I acc, Bytes w, const int8_t* x) {
 inline I start_signed(int) { return seti(0); }
 inline Bytes make_signed(Bytes w) { return w; }
 inline I dot_signed(I acc, Bytes w, const int8_t* x) { return dot(acc, w, x); }
-inline void prefetch(const void*) {}
 }  // namespace
